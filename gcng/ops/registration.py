@@ -1,0 +1,59 @@
+"""How gcng tells PyTorch about an op: schema, implementation, fake, autograd, autocast.
+
+Schemas live here in Python, so that a missing extension can never remove an op. Every op has one implementation
+registered for all devices (blocked torch); kernels for a device are added to it by dispatch key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+LIBRARY = torch.library.Library("gcng", "FRAGMENT")
+
+
+def define_op(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Register one op.
+
+    Args:
+        schema: signature without the namespace, e.g. ``"center_normalize(Tensor x) -> (Tensor, Tensor)"``.
+        implementation: the blocked torch path; runs on every device, never returns an alias of an input.
+        fake: same signature; allocates what the implementation allocates, from symbolic sizes only.
+
+    Returns:
+        The ``torch.ops.gcng.<name>.default`` overload, to be called by the autograd formula and the public function.
+    """
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"gcng::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.gcng, name).default
+
+
+def define_gradient(name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
+    """Attach a hand-written backward to an op; it refuses to be differentiated a second time."""
+
+    def first_order_only(ctx: Any, *grads: Any) -> Any:
+        # The engine runs a backward with grad mode on exactly when create_graph=True was asked for.
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                f"gcng::{name}: double backward is not supported; use gcng.reference_mode() for higher derivatives"
+            )
+        return backward(ctx, *grads)
+
+    torch.library.register_autograd(
+        f"gcng::{name}", first_order_only, setup_context=setup_context, lib=LIBRARY
+    )
+
+
+def define_autocast(name: str, dtype: torch.dtype = torch.float32, devices: tuple[str, ...] = ("cpu", "cuda")) -> None:
+    """Under autocast, cast the floating inputs of an op to ``dtype``, so that mixed node dtypes meet in one."""
+    for device in devices:
+        torch.library.register_autocast(f"gcng::{name}", device, dtype, lib=LIBRARY)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that tiles are computed in: 16-bit inputs are read as such and accumulated in float32."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

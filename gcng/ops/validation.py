@@ -1,0 +1,74 @@
+"""Argument checks shared by all ops: cheap, always on, the same words on every backend.
+
+A message names the op, the argument, what came, what is wanted, and the remedy. Checks never synchronise a device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def check_float_matrix(op: str, name: str, x: Tensor, *, dims: int = 2, shape: str = "(N, D)") -> None:
+    """Refuse anything but a dense floating tensor of ``dims`` dimensions."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.layout != torch.strided or x.is_quantized or x.is_nested:
+        raise TypeError(f"{op}: {name} must be a dense strided tensor, got layout {x.layout}; use {name}.to_dense()")
+    if x.dtype not in FLOATING:
+        raise TypeError(
+            f"{op}: {name} has dtype {x.dtype}; use float16, bfloat16, float32 or float64 (e.g. {name}.float())"
+        )
+    if x.dim() != dims:
+        raise ValueError(f"{op}: {name} must be {shape}, got shape {tuple(x.shape)}")
+
+
+def check_channels(op: str, name: str, x: Tensor) -> None:
+    """Refuse a tensor without channels: every formula divides by D."""
+    if x.shape[-1] == 0:
+        raise ValueError(f"{op}: {name} has no channels, got shape {tuple(x.shape)}; D must be at least 1")
+
+
+def check_labels(op: str, labels: Tensor, length: int, *, name: str = "labels", of: str = "embeddings") -> None:
+    """Refuse labels that are not an integer vector of the batch's length."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(labels).__name__}; use torch.as_tensor(...)")
+    if labels.dtype not in INTEGER:
+        raise TypeError(f"{op}: {name} has dtype {labels.dtype}; use an integer dtype, e.g. {name}.long()")
+    if labels.dim() != 1 or labels.shape[0] != length:
+        raise ValueError(
+            f"{op}: {name} has shape {tuple(labels.shape)}; expected ({length},), one label for each row of {of}"
+            + (f"; use {name}.squeeze(1)" if labels.dim() == 2 and labels.shape[-1] == 1 else "")
+        )
+
+
+def check_same_dtype(op: str, **tensors: Tensor | None) -> None:
+    """Refuse mixed floating dtypes outside autocast, naming the first two that differ."""
+    first_name, first = None, None
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if first is None:
+            first_name, first = name, x
+        elif x.dtype != first.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(
+                f"{op}: {first_name} is {first.dtype} but {name} is {x.dtype}; cast one of them, or run under "
+                f"torch.autocast"
+            )
+
+
+def check_same_device(op: str, **tensors: Tensor | None) -> None:
+    """Refuse tensors on different devices, naming the first two that differ."""
+    first_name, first = None, None
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if first is None:
+            first_name, first = name, x
+        elif x.device != first.device:
+            raise ValueError(
+                f"{op}: {first_name} is on {first.device} but {name} is on {x.device}; move one of them with .to(...)"
+            )

@@ -1,0 +1,1 @@
+from gcng.reference.correlation import center_normalize
