@@ -1,0 +1,70 @@
+# make test, make demo, make bench: each sets up .venv by itself, once, and again when a file that decides its content changes.
+#
+#   PYTHON       interpreter that makes the environment (3.11 or later)     make test PYTHON=python3.12
+#   VENV         where the environment lies                                 make test VENV=.venv312
+#   TORCH_INDEX  extra package index for torch, e.g. the CPU wheels         make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
+#   ARGS         passed on to pytest or to the demo                         make test ARGS="-k retrieval"
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=
+ARGS ?=
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# The pin is written once, in requirements.txt.
+TORCH := $(shell grep -m 1 '^torch==' requirements.txt)
+
+.PHONY: help setup demo test test-long lint bench clean distclean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo       train N-pair and GCA-HNG on rendered letters, write demo/report.html"
+	@echo "make test       lint and run the tests"
+	@echo "make test-long  the same, with the tests that take minutes"
+	@echo "make bench      run the benchmarks"
+	@echo "make setup      only make the environment ($(VENV))"
+	@echo "make clean      remove what builds and tests leave; make distclean: $(VENV) too"
+
+setup: $(READY)
+
+# torch comes first, and alone, so that nothing else decides which build of it is installed; the requirements and the project
+# then find it in place. The project is installed editable and with the pinned setuptools, so this step resolves nothing.
+$(READY): pyproject.toml setup.py requirements.txt requirements-dev.txt
+	@command -v $(PYTHON) >/dev/null || { \
+	    echo "gcng: no interpreter '$(PYTHON)'. Install Python 3.11 or later, or name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "gcng: '$(PYTHON)' is $$($(PYTHON) --version 2>&1); Python 3.11 or later is needed." >&2; \
+	    echo "      Name another one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	    echo "gcng: '$(PYTHON)' cannot make virtual environments." >&2; \
+	    echo "      Debian, Ubuntu: sudo apt install python3-venv (or python3.12-venv for python3.12)" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install $(TORCH) --constraint requirements.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	$(PIP) install --requirement requirements-dev.txt
+	$(PIP) install --no-deps --no-build-isolation --editable .
+	$(PIP) check
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/python -m demo $(ARGS)
+
+lint: $(READY)
+	$(BIN)/python -m ruff check .
+
+test: lint
+	$(BIN)/python -m pytest $(ARGS)
+
+test-long: lint
+	$(BIN)/python -m pytest --long $(ARGS)
+
+bench: $(READY)
+	$(BIN)/python -m pytest benchmarks $(ARGS)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)

@@ -1,0 +1,63 @@
+"""What every test runs under: two threads, fixed seeds, NaN in uninitialized memory; and who is skipped."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+TEST_THREADS = 2
+TEST_SEED = 20250101
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="also run the tests marked long")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(TEST_THREADS)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    reasons = {}
+    if not torch.cuda.is_available():
+        reasons["gpu"] = "needs a CUDA device, and torch sees none"
+    if not config.getoption("--long"):
+        reasons["long"] = "takes minutes; run with --long"
+    for item in items:
+        for marker, reason in reasons.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> None:
+    """Starts every test from the same generators, whatever ran before it."""
+    random.seed(TEST_SEED)
+    np.random.seed(TEST_SEED)
+    torch.manual_seed(TEST_SEED)
+
+
+@pytest.fixture(autouse=True)
+def nan_filled_memory(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fills memory that torch hands out unwritten (``empty``, ``resize_``): NaN, or the largest integer.
+
+    An op that forgets to write an element, or reads one too early, then fails every comparison instead of
+    passing on memory that happened to be zero. torch fills under deterministic algorithms only;
+    ``warn_only`` keeps ops usable that have no deterministic form. A fill commits the pages it writes, so a
+    test that measures allocations opts out with ``@pytest.mark.raw_memory``.
+    """
+    if request.node.get_closest_marker("raw_memory"):
+        yield
+        return
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+    torch.use_deterministic_algorithms(enabled, warn_only=warn_only)

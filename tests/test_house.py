@@ -1,0 +1,175 @@
+"""Rules of CONTRIBUTING.md that a machine can check: one version, forbidden calls, tests that can fail."""
+
+from __future__ import annotations
+
+import ast
+import re
+import tomllib
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import gcng
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARY = ("gcng", "kernels")
+EVERYTHING = (*LIBRARY, "benchmarks", "demo", "examples", "tests")
+
+# Files that must name a device type: they ask what there is, or register an implementation for it.
+MAY_NAME_CUDA = {"gcng/mode.py", "gcng/ops/registration.py"}
+CHECKING_CALLS = {"raises", "warns", "fail", "opcheck"}
+COMPARISONS = {"allclose", "isclose", "equal", "array_equal"}
+
+
+def python_files(folders: tuple[str, ...]) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def project_table() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def call_name(node: ast.Call) -> str:
+    return node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+
+
+def unsafe_loads(tree: ast.Module) -> list[int]:
+    """Lines of torch.load calls that do not say weights_only=True."""
+    lines = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+            options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            if options.get("weights_only") != "True":
+                lines.append(node.lineno)
+    return lines
+
+
+def fixed_devices(tree: ast.Module) -> list[int]:
+    """Lines that call .cuda(), or that name the device "cuda" anywhere but in a comparison."""
+    comparisons = [node for node in ast.walk(tree) if isinstance(node, ast.Compare)]
+    compared = {id(leaf) for node in comparisons for leaf in ast.walk(node)}
+    lines = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "cuda":
+            lines.append(node.lineno)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in compared:
+            lines += [node.lineno] if re.fullmatch(r"cuda(:\d+)?", node.value) else []
+    return lines
+
+
+def functions_under_test(tree: ast.Module) -> Iterator[ast.FunctionDef]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and node.name.startswith(("test_", "bench_")):
+            yield node
+
+
+def can_fail(function: ast.FunctionDef) -> bool:
+    """True if the body asserts, expects an error, or calls something named assert_... or check_..."""
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assert):
+            return True
+        if isinstance(node, ast.Call):
+            name = call_name(node)
+            if name in CHECKING_CALLS or name.lstrip("_").startswith(("assert_", "check_")):
+                return True
+    return False
+
+
+def unused_comparisons(tree: ast.Module) -> list[int]:
+    """Lines where the result of a comparison is thrown away, as in a bare ``torch.allclose(a, b)``."""
+    values = [node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)]
+    return sorted(
+        value.lineno
+        for value in values
+        if isinstance(value, ast.Compare) or (isinstance(value, ast.Call) and call_name(value) in COMPARISONS)
+    )
+
+
+def test_the_version_is_written_once_and_agrees_everywhere():
+    assert re.fullmatch(r"\d+\.\d+\.\d+((\.dev|a|b|rc)\d+)?", gcng.__version__)
+    assert project_table()["project"]["dynamic"] == ["version"]
+    source = project_table()["tool"]["setuptools"]["dynamic"]["version"]
+    assert source == {"attr": "gcng._version.__version__"}
+    assignment = re.compile(r"^__version__\s*=\s*[\"']", re.MULTILINE)
+    written = [path for path in python_files(LIBRARY) if assignment.search(path.read_text(encoding="utf-8"))]
+    assert written == [ROOT / "gcng" / "_version.py"]
+    assert f"\n## {gcng.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_the_installed_metadata_agree():
+    try:
+        installed = metadata.version("gcng")
+    except metadata.PackageNotFoundError:
+        pytest.skip("gcng is not installed in this environment")
+    assert installed == gcng.__version__, "install again: the metadata are those of another version"
+
+
+def test_a_build_needs_setuptools_only():
+    assert project_table()["build-system"]["requires"] == ["setuptools>=77"]
+    nodes = ast.walk(parse(ROOT / "setup.py"))
+    imports = [ast.unparse(node) for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))]
+    assert imports == ["from setuptools import find_packages, setup"]
+
+
+def test_the_pinned_torch_satisfies_the_declared_bound():
+    requirements = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    pinned = re.search(r"^torch==(\d+)\.(\d+)", requirements, re.MULTILINE)
+    dependencies = project_table()["project"]["dependencies"]
+    bound = next(filter(None, (re.fullmatch(r"torch>=(\d+)\.(\d+)", line) for line in dependencies)))
+    assert [int(part) for part in pinned.groups()] >= [int(part) for part in bound.groups()]
+
+
+def test_torch_load_is_always_weights_only():
+    files = python_files(EVERYTHING)
+    found = [f"{path.relative_to(ROOT)}:{line}" for path in files for line in unsafe_loads(parse(path))]
+    assert not found, found
+    assert unsafe_loads(ast.parse("torch.load(path)\ntorch.load(path, weights_only=False)")) == [1, 2]
+    assert unsafe_loads(ast.parse("torch.load(path, map_location='cpu', weights_only=True)")) == []
+
+
+def test_no_device_is_written_into_the_library():
+    files = [path for path in python_files(LIBRARY) if path.relative_to(ROOT).as_posix() not in MAY_NAME_CUDA]
+    found = [f"{path.relative_to(ROOT)}:{line}" for path in files for line in fixed_devices(parse(path))]
+    assert not found, found
+    assert fixed_devices(ast.parse("x.cuda()\nx.to('cuda:0')\ntorch.zeros(1, device='cuda')")) == [1, 2, 3]
+    assert fixed_devices(ast.parse("x.device.type == 'cuda'")) == []
+
+
+def test_no_leftover_words_and_no_catch_all_modules():
+    words = re.compile(r"\b(TO" + "DO|FIX" + r"ME)\b", re.IGNORECASE)
+    files = python_files(EVERYTHING)
+    left = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in files
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if words.search(line)
+    ]
+    assert not left, left
+    vague = [str(path) for path in files if re.search(r"(^|_)(utils?|helpers?|misc|common)$", path.stem)]
+    assert not vague, vague
+
+
+def test_every_test_can_fail():
+    files = python_files(("tests", "benchmarks"))
+    idle = [
+        f"{path.relative_to(ROOT)}::{function.name}"
+        for path in files
+        for function in functions_under_test(parse(path))
+        if not can_fail(function)
+    ]
+    assert not idle, idle
+    thrown = [f"{path.relative_to(ROOT)}:{n}" for path in files for n in unused_comparisons(parse(path))]
+    assert not thrown, thrown
+
+
+def test_the_lint_sees_a_test_that_cannot_fail():
+    bodies = ["torch.allclose(x, y)", "assert x == y", "x == y"]
+    tree = ast.parse("\n".join(f"def test_{n}():\n    {body}" for n, body in enumerate(bodies)))
+    assert [can_fail(function) for function in functions_under_test(tree)] == [False, True, False]
+    assert unused_comparisons(tree) == [2, 6]
