@@ -1,0 +1,219 @@
+"""Op (4)-(6): attention over the samples of other classes, with one extra zero logit.
+
+Owns the blocked path: score tiles of a fixed size, an online softmax, and a backward that computes every tile again
+from (output, log of the denominator). Nothing of size N x N exists.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from gcng.mode import in_reference_mode
+from gcng.ops.registration import compute_dtype, define_autocast, define_gradient, define_op
+from gcng.ops.validation import (
+    check_channels,
+    check_float_matrix,
+    check_labels,
+    check_same_device,
+    check_same_dtype,
+)
+from gcng.reference import attention as reference
+
+# Scores per tile, all heads together (2 MiB in float32): big enough for the GEMMs, small enough for a core's cache.
+TILE_SCORES = 2**19
+TILE_COLUMNS = 512
+
+
+def _tile_shape(num_nodes: int, num_heads: int) -> tuple[int, int]:
+    """Rows and columns of a score tile, from the sizes alone, so that a result never depends on the machine."""
+    columns = max(1, min(num_nodes, TILE_COLUMNS, TILE_SCORES // num_heads))
+    return max(1, min(num_nodes, TILE_SCORES // (num_heads * columns))), columns
+
+
+def _blocks(length: int, size: int) -> Iterator[slice]:
+    for start in range(0, length, size):
+        yield slice(start, min(start + size, length))
+
+
+def _finite_rows(x: Tensor) -> Tensor:
+    """Rows of x (H, N, h) with a non-finite entry replaced by 0: a zero weight times NaN would be NaN in a GEMM."""
+    return torch.where(x.isfinite().all(-1, keepdim=True), x, 0.0)
+
+
+def _depends_on_non_finite(x: Tensor, labels: Tensor) -> Tensor:
+    """(H, N, 1) bool: whether any row of x (H, N, h) that belongs to another class holds a non-finite entry.
+
+    Counted by class ranges of the sorted labels, O(N H), without a device sync.
+    """
+    bad = ~x.isfinite().all(-1).transpose(0, 1)  # (N, H)
+    in_order, order = labels.sort()
+    running = torch.nn.functional.pad(bad[order].cumsum(0), (0, 0, 1, 0))  # (N + 1, H)
+    first = torch.searchsorted(in_order, labels)
+    last = torch.searchsorted(in_order, labels, right=True)
+    elsewhere = running[-1] - (running[last] - running[first])
+    return (elsewhere > 0).transpose(0, 1).unsqueeze(-1)
+
+
+def _by_head(x: Tensor) -> Tensor:
+    return x.to(compute_dtype(x.dtype)).transpose(0, 1)  # (H, N, h)
+
+
+def _negative_attention(q: Tensor, k: Tensor, v: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    num_nodes, num_heads, width = q.shape
+    queries, keys, values = _by_head(q) / math.sqrt(width), _by_head(k), _by_head(v)
+    finite_values = _finite_rows(values)
+    out = queries.new_empty((num_nodes, num_heads, width))
+    lse = queries.new_empty((num_heads, num_nodes))
+    row_block, column_block = _tile_shape(num_nodes, num_heads)
+    for rows in _blocks(num_nodes, row_block):
+        # The extra zero logit is where the online softmax starts: maximum 0, sum exp(0), no value.
+        maximum = queries.new_zeros((num_heads, rows.stop - rows.start, 1))
+        total = torch.ones_like(maximum)
+        weighted = queries.new_zeros((num_heads, rows.stop - rows.start, width))
+        for columns in _blocks(num_nodes, column_block):
+            scores = torch.bmm(queries[:, rows], keys[:, columns].transpose(1, 2))
+            scores.masked_fill_(labels[rows, None] == labels[None, columns], -math.inf)
+            raised = torch.maximum(maximum, scores.amax(-1, keepdim=True))
+            weights = scores.sub_(raised).exp_()
+            shrink = (maximum - raised).exp_()
+            total = total.mul_(shrink).add_(weights.sum(-1, keepdim=True))
+            weighted = weighted.mul_(shrink).baddbmm_(weights, finite_values[:, columns])
+            maximum = raised
+        out[rows] = (weighted / total).transpose(0, 1)
+        lse[:, rows] = (maximum + total.log()).squeeze(-1)
+    poisoned = _depends_on_non_finite(values, labels).transpose(0, 1)
+    return out.masked_fill_(poisoned, math.nan).to(q.dtype), lse
+
+
+def _negative_attention_fake(q: Tensor, k: Tensor, v: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=compute_dtype(q.dtype))
+    return torch.empty_like(q, memory_format=torch.contiguous_format), lse
+
+
+def _negative_attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, labels: Tensor, out: Tensor, lse: Tensor, needed: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """With P = exp(s - lse): dV = P^T dO, dS = P (dO V^T - rowsum(dO O)), dQ = dS K, dK = dS^T Q."""
+    num_nodes, num_heads, width = q.shape
+    scale = 1.0 / math.sqrt(width)
+    queries, keys, values, grads = _by_head(q) * scale, _by_head(k), _by_head(v), _by_head(grad)
+    radial = (grads * _by_head(out)).sum(-1, keepdim=True)  # (H, N, 1)
+    finite_queries, finite_keys, finite_grads = _finite_rows(queries), _finite_rows(keys), _finite_rows(grads)
+    grad_q, grad_k, grad_v = (queries.new_zeros((num_heads, num_nodes, width) if need else (0,)) for need in needed)
+    row_block, column_block = _tile_shape(num_nodes, num_heads)
+    for rows in _blocks(num_nodes, row_block):
+        for columns in _blocks(num_nodes, column_block):
+            same_class = labels[rows, None] == labels[None, columns]
+            scores = torch.bmm(queries[:, rows], keys[:, columns].transpose(1, 2))
+            weights = scores.sub_(lse[:, rows, None]).exp_().masked_fill_(same_class, 0.0)
+            if needed[2]:
+                grad_v[:, columns].baddbmm_(weights.transpose(1, 2), finite_grads[:, rows])
+            if not (needed[0] or needed[1]):
+                continue
+            grad_scores = torch.bmm(grads[:, rows], values[:, columns].transpose(1, 2))
+            grad_scores.sub_(radial[:, rows]).mul_(weights).masked_fill_(same_class, 0.0)
+            if needed[0]:
+                grad_q[:, rows].baddbmm_(grad_scores, finite_keys[:, columns])
+            if needed[1]:
+                grad_k[:, columns].baddbmm_(grad_scores.transpose(1, 2), finite_queries[:, rows])
+    if needed[0]:
+        grad_q.mul_(scale)
+    if needed[2]:
+        grad_v.masked_fill_(_depends_on_non_finite(grads, labels), math.nan)
+    return tuple(
+        (x.transpose(0, 1) if need else x).to(q.dtype, memory_format=torch.contiguous_format, copy=need)
+        for x, need in zip((grad_q, grad_k, grad_v), needed, strict=True)
+    )
+
+
+def _negative_attention_backward_fake(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, labels: Tensor, out: Tensor, lse: Tensor, needed: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(q.new_empty(q.shape if need else (0,)) for need in needed)
+
+
+_forward = define_op(
+    "negative_attention(Tensor q, Tensor k, Tensor v, Tensor labels) -> (Tensor, Tensor)",
+    _negative_attention,
+    _negative_attention_fake,
+)
+_backward = define_op(
+    "negative_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor labels, Tensor out, Tensor lse, "
+    "bool[3] needed) -> (Tensor, Tensor, Tensor)",
+    _negative_attention_backward,
+    _negative_attention_backward_fake,
+)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradient(ctx, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    needed = list(ctx.needs_input_grad[:3])
+    grads = _backward(grad, *ctx.saved_tensors, needed)
+    return *(x if need else None for x, need in zip(grads, needed, strict=True)), None
+
+
+define_gradient("negative_attention", _gradient, _setup_context)
+define_autocast("negative_attention")
+
+
+def negative_attention(q: Tensor, k: Tensor, v: Tensor, labels: Tensor) -> Tensor:
+    """Attend to the samples of other classes, formulas (4)-(6) of docs/maths.md before the output map.
+
+    ``out[b] = sum_a w[a, b] v[a]`` with ``w[a, b]`` proportional to ``exp(q[b] . k[a] / sqrt(h))`` over the senders
+    ``a`` whose class differs from that of the receiver ``b``, and a denominator with one extra ``exp(0)``. So the
+    weights of a row sum to less than 1, and a row without negatives gives exactly 0.
+
+    Args:
+        q: (N, H, h) queries of the receivers, float16, bfloat16, float32 or float64; 16-bit is computed in float32.
+        k: (N, H, h) keys of the senders, same shape, dtype and device.
+        v: (N, H, h) values of the senders, same shape, dtype and device.
+        labels: (N,) any integer dtype, on the device of ``q`` or on the CPU; classes in any order.
+
+    Returns:
+        (N, H, h) in the dtype of ``q`` (float32 under autocast). A NaN or infinity reaches only the receivers that
+        attend to it: samples of the same class keep their results bit for bit.
+
+    Raises:
+        ValueError: wrong shape, different shapes or devices. TypeError: wrong or mixed dtypes.
+
+    Memory: the output, (H, N) saved for the backward, and score tiles whose size does not depend on N.
+
+    Example:
+        >>> q = k = v = torch.randn(4, 2, 8)
+        >>> negative_attention(q, k, v, torch.tensor([0, 0, 1, 1])).shape
+        torch.Size([4, 2, 8])
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_float_matrix("negative_attention", name, x, dims=3, shape="(N, H, h)")
+        if x.shape != q.shape:
+            raise ValueError(
+                f"negative_attention: {name} has shape {tuple(x.shape)} but q has shape {tuple(q.shape)}; "
+                "q, k and v must have the same (N, H, h)"
+            )
+    check_channels("negative_attention", "q", q)
+    if q.shape[1] == 0:
+        raise ValueError(f"negative_attention: q has no heads, got shape {tuple(q.shape)}; H must be at least 1")
+    check_labels("negative_attention", labels, q.shape[0], of="q")
+    check_same_dtype("negative_attention", q=q, k=k, v=v)
+    check_same_device("negative_attention", q=q, k=k, v=v)
+    labels = labels_on(q.device, labels, "negative_attention")
+    if in_reference_mode():
+        return reference.negative_attention(q, k, v, labels)
+    return _forward(q, k, v, labels)[0]
+
+
+def labels_on(device: torch.device, labels: Tensor, op: str) -> Tensor:
+    """Labels may stay on the CPU; any other device than the samples' is a mistake."""
+    if labels.device != device and labels.device.type != "cpu":
+        raise ValueError(
+            f"{op}: labels is on {labels.device} but the samples are on {device}; move it with .to(...)"
+        )
+    return labels.to(device)
