@@ -1,0 +1,77 @@
+"""Op: the class structure of a batch (docs/maths.md 9b) as tensors of static shape.
+
+Sorts the samples by class once at the border. Shapes depend on N alone, so that the number of classes, which is data,
+stays inside the ops.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gcng.ops.registration import define_op
+from gcng.reference.dropout import node_identity
+
+
+class ClassMajor(NamedTuple):
+    """A batch in class-major order; all int64 (N,) unless noted."""
+
+    order: Tensor  # batch position of each class-major slot
+    inverse: Tensor  # class-major slot of each batch position
+    labels: Tensor  # label of each slot
+    class_index: Tensor  # class of each slot, classes numbered by first appearance: ascending
+    rank: Tensor  # rank in the class, by order of appearance
+    class_start: Tensor  # (N + 1,) first slot of each class, padded with N
+    positive: Tensor  # slot of the positive; a singleton points at itself
+    is_anchor: Tensor  # bool: classes of at least two samples
+    identity: Tensor  # node identity for the counter-based dropout
+
+
+def _class_layout(labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n = labels.shape[0]
+    position = torch.arange(n, device=labels.device)
+    distinct, inverse = torch.unique(labels.long(), return_inverse=True)
+    first = torch.full_like(distinct, n).scatter_reduce_(0, inverse, position, "amin")
+    class_of = torch.argsort(torch.argsort(first))[inverse]
+    order = torch.argsort(class_of, stable=True)
+    class_index = class_of[order]
+    class_start = torch.searchsorted(class_index, torch.arange(n + 1, device=labels.device))
+    rank = position - class_start[class_index]
+    return order, class_index, rank, class_start
+
+
+def _class_layout_fake(labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n = labels.shape[0]
+    return tuple(labels.new_empty(size, dtype=torch.int64) for size in (n, n, n, n + 1))
+
+
+_op = define_op("class_layout(Tensor labels) -> (Tensor, Tensor, Tensor, Tensor)", _class_layout, _class_layout_fake)
+
+
+def class_major(labels: Tensor) -> ClassMajor:
+    """Work out the class structure of (N,) integer labels in any order, on the labels' device."""
+    order, class_index, rank, class_start = _op(labels)
+    start = class_start[class_index]
+    count = class_start[class_index + 1] - start if labels.shape[0] else start
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
+    sorted_labels = labels.long()[order]
+    return ClassMajor(
+        order,
+        inverse,
+        sorted_labels,
+        class_index,
+        rank,
+        class_start,
+        start + (rank + 1) % count.clamp(min=1),
+        count > 1,
+        node_identity(sorted_labels, rank),
+    )
+
+
+def class_boundaries(class_start: Tensor) -> list[int]:
+    """Class starts as host integers, ending with N: ``[0, K_0, K_0 + K_1, ..., N]``."""
+    starts = class_start.tolist()
+    n = len(starts) - 1
+    return [start for start in starts if start < n] + [n]

@@ -1,0 +1,150 @@
+"""Op (7): what the edges of a node tell it, summed without ever holding the edges.
+
+Forward: one tile of edges, one GEMM, gelu, and the sums over its rows and over its mirrored columns. Backward: the
+tile again (unless its pre-activation is stashed), then the chain of edge layers below it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gcng.ops.pair_field import CHAIN_WIDTH, Dropout, FieldGradients, PairField, with_smaller_tiles
+from gcng.ops.registration import define_autocast, define_gradient, define_op
+from gcng.ops.tiles import load_tile, pair_count, plan_tiles, split_mirror, store_tile
+
+aten = torch.ops.aten
+
+_FIELD = "Tensor base, bool packed, Tensor[] chain, Tensor identity, Tensor seed, float p, int first_layer"
+_SCHEMA = f"({_FIELD}, Tensor weight, Tensor bias, int pairs_per_tile, bool stash) -> (Tensor, Tensor)"
+
+
+def _messages(
+    base: Tensor,
+    packed: bool,
+    chain: Sequence[Tensor],
+    identity: Tensor,
+    seed: Tensor,
+    p: float,
+    first_layer: int,
+    weight: Tensor,
+    bias: Tensor,
+    pairs_per_tile: int,
+    stash: bool,
+) -> tuple[Tensor, Tensor]:
+    n = identity.shape[0]
+    field = PairField(base, packed, n, chain, Dropout(identity, seed, p, first_layer))
+    weight_t, wide_bias = weight.to(field.dtype).T, bias.to(field.dtype)
+
+    def run(pairs: int) -> tuple[Tensor, Tensor]:
+        out = field.base.new_zeros((n, weight.shape[0]))
+        kept = field.base.new_empty((pair_count(n) if stash else 0, weight.shape[0]))
+        for tile in plan_tiles(n, pairs):
+            before = torch.addmm(wide_bias, field.edges(tile).flatten(0, 1), weight_t).view(*tile.shape, -1)
+            if stash:
+                store_tile(kept, n, tile, before)
+            rows, columns = split_mirror(aten.gelu_(before), tile)
+            out[tile.rows] += rows
+            out[tile.mirrored] += columns
+        return out.to(base.dtype), kept
+
+    return with_smaller_tiles(run, pairs_per_tile)
+
+
+def _messages_fake(
+    base, packed, chain, identity, seed, p, first_layer, weight, bias, pairs_per_tile, stash
+):
+    n, dtype = identity.shape[0], torch.float64 if base.dtype == torch.float64 else torch.float32
+    kept = base.new_empty((n * (n + 1) // 2 if stash else 0, weight.shape[0]), dtype=dtype)
+    return base.new_empty((n, weight.shape[0])), kept
+
+
+def _messages_backward(
+    grad: Tensor,
+    kept: Tensor,
+    base: Tensor,
+    packed: bool,
+    chain: Sequence[Tensor],
+    identity: Tensor,
+    seed: Tensor,
+    p: float,
+    first_layer: int,
+    weight: Tensor,
+    bias: Tensor,
+    pairs_per_tile: int,
+    stash: bool,
+    need_base: bool,
+    need_chain: bool,
+) -> list[Tensor]:
+    n = identity.shape[0]
+    field = PairField(base, packed, n, chain, Dropout(identity, seed, p, first_layer))
+    wide_grad, wide_weight, wide_bias = (x.to(field.dtype) for x in (grad, weight, bias))
+
+    def run(pairs: int) -> list[Tensor]:
+        grads = FieldGradients(field, need_base=need_base, need_chain=need_chain)
+        grad_weight, grad_bias = torch.zeros_like(wide_weight), torch.zeros_like(wide_bias)
+        for tile in plan_tiles(n, pairs):
+            e, states = field.edges_with_states(tile) if grads.wanted else (field.edges(tile), [])
+            flat = e.flatten(0, 1)
+            if stash:
+                before = load_tile(kept, n, tile).flatten(0, 1)
+            else:
+                before = torch.addmm(wide_bias, flat, wide_weight.T)
+            received = wide_grad[tile.rows, None].repeat(1, tile.shape[1], 1)
+            received[:, tile.mirror :] += wide_grad[None, tile.mirrored]
+            grad_before = aten.gelu_backward(received.flatten(0, 1), before)
+            grad_weight.addmm_(grad_before.T, flat)
+            grad_bias += grad_before.sum(0)
+            if grads.wanted:
+                grads.add(tile, (grad_before @ wide_weight).view_as(e), states)
+        out = [grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)]
+        out += [grads.base.to(base.dtype)] if need_base else []
+        return out + ([g.to(x.dtype) for g, x in zip(grads.chain(), chain, strict=True)] if need_chain else [])
+
+    return with_smaller_tiles(run, pairs_per_tile)
+
+
+def _messages_backward_fake(
+    grad, kept, base, packed, chain, identity, seed, p, first_layer, weight, bias, pairs_per_tile, stash,
+    need_base, need_chain,
+):  # fmt: skip
+    like = [weight, bias] + ([base] if need_base else []) + (list(chain) if need_chain else [])
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in like]
+
+
+_forward = define_op(f"messages{_SCHEMA}", _messages, _messages_fake)
+_backward = define_op(
+    f"messages_backward(Tensor grad, Tensor kept, {_FIELD}, Tensor weight, Tensor bias, int pairs_per_tile, "
+    "bool stash, bool need_base, bool need_chain) -> Tensor[]",
+    _messages_backward,
+    _messages_backward_fake,
+)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    base, ctx.packed, chain, identity, seed, ctx.p, ctx.first_layer, weight, bias, ctx.pairs, ctx.stash = inputs
+    ctx.save_for_backward(output[1], base, identity, seed, weight, bias, *chain)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradient(ctx, grad: Tensor, _grad_kept: Tensor):
+    kept, base, identity, seed, weight, bias, *chain = ctx.saved_tensors
+    need_base, need_chain = ctx.needs_input_grad[0], any_needed(ctx.needs_input_grad[2])
+    grad_weight, grad_bias, *rest = _backward(
+        grad, kept, base, ctx.packed, chain, identity, seed, ctx.p, ctx.first_layer, weight, bias, ctx.pairs,
+        ctx.stash, need_base, need_chain,
+    )  # fmt: skip
+    grad_base = rest.pop(0) if need_base else None
+    grad_chain = rest if need_chain else [None] * len(chain)
+    return grad_base, None, grad_chain, None, None, None, None, grad_weight, grad_bias, None, None
+
+
+def any_needed(needs) -> bool:
+    """Whether any tensor of a list argument needs a gradient (a bool or a list of bools, by torch version)."""
+    return any(needs) if isinstance(needs, (list, tuple)) else bool(needs)
+
+
+define_gradient("messages", _gradient, _setup_context)
+define_autocast("messages")
