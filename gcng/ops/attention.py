@@ -1,18 +1,18 @@
 """Op (4)-(6): attention over the samples of other classes, with one extra zero logit.
 
-Owns the blocked path: score tiles of a fixed size, an online softmax, and a backward that computes every tile again
-from (output, log of the denominator). Nothing of size N x N exists.
+Owns the blocked path: score tiles of a fixed size, an online softmax, and a backward that computes every tile
+again from (output, log of the denominator). Nothing of size N x N exists.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from gcng.mode import in_reference_mode
+from gcng.ops.blocks import labels_beside, spans
 from gcng.ops.registration import compute_dtype, define_autocast, define_gradient, define_op
 from gcng.ops.validation import (
     check_channels,
@@ -23,24 +23,19 @@ from gcng.ops.validation import (
 )
 from gcng.reference import attention as reference
 
-# Scores per tile, all heads together (2 MiB in float32): big enough for the GEMMs, small enough for a core's cache.
+# Scores per tile, all heads together: 2 MiB in float32, big enough for the GEMMs, small enough for a cache.
 TILE_SCORES = 2**19
 TILE_COLUMNS = 512
 
 
 def _tile_shape(num_nodes: int, num_heads: int) -> tuple[int, int]:
-    """Rows and columns of a score tile, from the sizes alone, so that a result never depends on the machine."""
+    """Rows and columns of a score tile, from the sizes alone: a result never depends on the machine."""
     columns = max(1, min(num_nodes, TILE_COLUMNS, TILE_SCORES // num_heads))
     return max(1, min(num_nodes, TILE_SCORES // (num_heads * columns))), columns
 
 
-def _blocks(length: int, size: int) -> Iterator[slice]:
-    for start in range(0, length, size):
-        yield slice(start, min(start + size, length))
-
-
 def _finite_rows(x: Tensor) -> Tensor:
-    """Rows of x (H, N, h) with a non-finite entry replaced by 0: a zero weight times NaN would be NaN in a GEMM."""
+    """Replace rows of x (H, N, h) with a non-finite entry by 0: in a GEMM, a weight of 0 times NaN is NaN."""
     return torch.where(x.isfinite().all(-1, keepdim=True), x, 0.0)
 
 
@@ -69,12 +64,12 @@ def _negative_attention(q: Tensor, k: Tensor, v: Tensor, labels: Tensor) -> tupl
     out = queries.new_empty((num_nodes, num_heads, width))
     lse = queries.new_empty((num_heads, num_nodes))
     row_block, column_block = _tile_shape(num_nodes, num_heads)
-    for rows in _blocks(num_nodes, row_block):
+    for rows in spans(num_nodes, row_block):
         # The extra zero logit is where the online softmax starts: maximum 0, sum exp(0), no value.
         maximum = queries.new_zeros((num_heads, rows.stop - rows.start, 1))
         total = torch.ones_like(maximum)
         weighted = queries.new_zeros((num_heads, rows.stop - rows.start, width))
-        for columns in _blocks(num_nodes, column_block):
+        for columns in spans(num_nodes, column_block):
             scores = torch.bmm(queries[:, rows], keys[:, columns].transpose(1, 2))
             scores.masked_fill_(labels[rows, None] == labels[None, columns], -math.inf)
             raised = torch.maximum(maximum, scores.amax(-1, keepdim=True))
@@ -95,7 +90,14 @@ def _negative_attention_fake(q: Tensor, k: Tensor, v: Tensor, labels: Tensor) ->
 
 
 def _negative_attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, labels: Tensor, out: Tensor, lse: Tensor, needed: list[bool]
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    labels: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """With P = exp(s - lse): dV = P^T dO, dS = P (dO V^T - rowsum(dO O)), dQ = dS K, dK = dS^T Q."""
     num_nodes, num_heads, width = q.shape
@@ -103,10 +105,12 @@ def _negative_attention_backward(
     queries, keys, values, grads = _by_head(q) * scale, _by_head(k), _by_head(v), _by_head(grad)
     radial = (grads * _by_head(out)).sum(-1, keepdim=True)  # (H, N, 1)
     finite_queries, finite_keys, finite_grads = _finite_rows(queries), _finite_rows(keys), _finite_rows(grads)
-    grad_q, grad_k, grad_v = (queries.new_zeros((num_heads, num_nodes, width) if need else (0,)) for need in needed)
+    grad_q, grad_k, grad_v = (
+        queries.new_zeros((num_heads, num_nodes, width) if need else (0,)) for need in needed
+    )
     row_block, column_block = _tile_shape(num_nodes, num_heads)
-    for rows in _blocks(num_nodes, row_block):
-        for columns in _blocks(num_nodes, column_block):
+    for rows in spans(num_nodes, row_block):
+        for columns in spans(num_nodes, column_block):
             same_class = labels[rows, None] == labels[None, columns]
             scores = torch.bmm(queries[:, rows], keys[:, columns].transpose(1, 2))
             weights = scores.sub_(lse[:, rows, None]).exp_().masked_fill_(same_class, 0.0)
@@ -131,7 +135,14 @@ def _negative_attention_backward(
 
 
 def _negative_attention_backward_fake(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, labels: Tensor, out: Tensor, lse: Tensor, needed: list[bool]
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    labels: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(q.new_empty(q.shape if need else (0,)) for need in needed)
 
@@ -142,8 +153,8 @@ _forward = define_op(
     _negative_attention_fake,
 )
 _backward = define_op(
-    "negative_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor labels, Tensor out, Tensor lse, "
-    "bool[3] needed) -> (Tensor, Tensor, Tensor)",
+    "negative_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor labels, Tensor out, "
+    "Tensor lse, bool[3] needed) -> (Tensor, Tensor, Tensor)",
     _negative_attention_backward,
     _negative_attention_backward_fake,
 )
@@ -167,19 +178,20 @@ define_autocast("negative_attention")
 def negative_attention(q: Tensor, k: Tensor, v: Tensor, labels: Tensor) -> Tensor:
     """Attend to the samples of other classes, formulas (4)-(6) of docs/maths.md before the output map.
 
-    ``out[b] = sum_a w[a, b] v[a]`` with ``w[a, b]`` proportional to ``exp(q[b] . k[a] / sqrt(h))`` over the senders
-    ``a`` whose class differs from that of the receiver ``b``, and a denominator with one extra ``exp(0)``. So the
-    weights of a row sum to less than 1, and a row without negatives gives exactly 0.
+    ``out[b] = sum_a w[a, b] v[a]`` with ``w[a, b]`` proportional to ``exp(q[b] . k[a] / sqrt(h))`` over the
+    senders ``a`` whose class differs from that of the receiver ``b``, and a denominator with one extra
+    ``exp(0)``. So the weights of a row sum to less than 1, and a row without negatives gives exactly 0.
 
     Args:
-        q: (N, H, h) queries of the receivers, float16, bfloat16, float32 or float64; 16-bit is computed in float32.
+        q: (N, H, h) queries of the receivers, float16, bfloat16, float32 or float64; 16-bit is computed in
+            float32.
         k: (N, H, h) keys of the senders, same shape, dtype and device.
         v: (N, H, h) values of the senders, same shape, dtype and device.
         labels: (N,) any integer dtype, on the device of ``q`` or on the CPU; classes in any order.
 
     Returns:
-        (N, H, h) in the dtype of ``q`` (float32 under autocast). A NaN or infinity reaches only the receivers that
-        attend to it: samples of the same class keep their results bit for bit.
+        (N, H, h) in the dtype of ``q`` (float32 under autocast). A NaN or infinity reaches only the receivers
+        that attend to it: samples of the same class keep their results bit for bit.
 
     Raises:
         ValueError: wrong shape, different shapes or devices. TypeError: wrong or mixed dtypes.
@@ -200,20 +212,13 @@ def negative_attention(q: Tensor, k: Tensor, v: Tensor, labels: Tensor) -> Tenso
             )
     check_channels("negative_attention", "q", q)
     if q.shape[1] == 0:
-        raise ValueError(f"negative_attention: q has no heads, got shape {tuple(q.shape)}; H must be at least 1")
+        raise ValueError(
+            f"negative_attention: q has no heads, got shape {tuple(q.shape)}; H must be at least 1"
+        )
     check_labels("negative_attention", labels, q.shape[0], of="q")
     check_same_dtype("negative_attention", q=q, k=k, v=v)
     check_same_device("negative_attention", q=q, k=k, v=v)
-    labels = labels_on(q.device, labels, "negative_attention")
+    labels = labels_beside("negative_attention", labels, q.device)
     if in_reference_mode():
         return reference.negative_attention(q, k, v, labels)
     return _forward(q, k, v, labels)[0]
-
-
-def labels_on(device: torch.device, labels: Tensor, op: str) -> Tensor:
-    """Labels may stay on the CPU; any other device than the samples' is a mistake."""
-    if labels.device != device and labels.device.type != "cpu":
-        raise ValueError(
-            f"{op}: labels is on {labels.device} but the samples are on {device}; move it with .to(...)"
-        )
-    return labels.to(device)
