@@ -14,7 +14,7 @@ import torch
 TEST_THREADS = 2
 TEST_SEED = 20250101
 
-# The same examples on every run; a busy machine is no reason to fail. HYPOTHESIS_PROFILE=explore draws new ones.
+# The same examples on every run, no deadline on a busy machine. HYPOTHESIS_PROFILE=explore draws new ones.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.register_profile("explore", max_examples=1000, deadline=None, print_blob=True)
 
