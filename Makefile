@@ -3,7 +3,7 @@
 #   PYTHON       interpreter that makes the environment (3.11 or later)     make test PYTHON=python3.12
 #   VENV         where the environment lies                                 make test VENV=.venv312
 #   TORCH_INDEX  extra package index for torch, e.g. the CPU wheels         make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
-#   ARGS         passed on to pytest or to the demo                         make test ARGS="-k retrieval"
+#   ARGS         passed on to pytest, the demo or the benchmark             make test ARGS="-k retrieval"
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -23,7 +23,7 @@ help:
 	@echo "make demo       train N-pair and GCA-HNG on rendered letters, write demo/report.html"
 	@echo "make test       lint and run the tests"
 	@echo "make test-long  the same, with the tests that take minutes"
-	@echo "make bench      run the benchmarks"
+	@echo "make bench      measure time and memory of one iteration, about half an hour on two cores"
 	@echo "make setup      only make the environment ($(VENV))"
 	@echo "make clean      remove what builds and tests leave; make distclean: $(VENV) too"
 
@@ -60,7 +60,7 @@ test-long: lint
 	$(BIN)/python -m pytest --long $(ARGS)
 
 bench: $(READY)
-	$(BIN)/python -m pytest benchmarks $(ARGS)
+	$(BIN)/python -m benchmarks.measure $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
