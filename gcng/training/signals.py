@@ -1,0 +1,45 @@
+"""Ctrl-C and SIGTERM: finish the step, save, leave; a second signal leaves at once.
+
+Owns the signal handlers for the time of a run and puts the earlier ones back.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType
+
+
+class StopOnSignal:
+    """Within the block, the first SIGINT or SIGTERM sets ``requested``; the second ends the process (code
+    130).
+
+    Outside the main thread, where Python allows no handlers, ``requested`` can still be set by
+    :meth:`request`.
+    """
+
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: dict[int, object] = {}
+
+    def request(self) -> None:
+        """Ask for a stop after the running step."""
+        self.requested = True
+
+    def __enter__(self) -> StopOnSignal:
+        if threading.current_thread() is threading.main_thread():
+            for number in self.signals:
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            os._exit(130)  # the user insists; nothing may delay it, not even cleanup
+        self.requested = True

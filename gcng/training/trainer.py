@@ -1,0 +1,347 @@
+"""The thin trainer: epochs around :func:`gcng.training.train_step`, evaluation, checkpoints, resume.
+
+Owns the order of things in a run and its state. What a step computes is in ``step``, what is written in
+``records`` and ``checkpoint``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gcng.training.checkpoint import CheckpointFolder, Loaded, load_checkpoint
+from gcng.training.config import Config
+from gcng.training.config_io import as_nested, changed_keys, config_hash
+from gcng.training.datasets import RunData, build_data, make_criterion, make_extractor, make_loader
+from gcng.training.embedding import evaluate
+from gcng.training.errors import CheckpointError, ConfigError, DivergedError, Interrupted
+from gcng.training.optimization import FrozenParts, build_optimizers, build_schedulers, choose_device
+from gcng.training.random_state import capture_random_state, restore_random_state
+from gcng.training.records import RunReport
+from gcng.training.signals import StopOnSignal
+from gcng.training.step import StepTerms, train_step
+
+_OPTIMIZERS = ("extractor", "graph", "classifier")
+_DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclasses.dataclass(frozen=True)
+class RunResult:
+    """How a run ended.
+
+    Attributes:
+        epochs: Epochs done. steps: Iterations done, skipped ones included. skipped: Reason to count.
+        best: Metric values of the best evaluation, or None. last: Those of the last one.
+        checkpoint: Newest checkpoint. best_checkpoint: The one of ``best``. seconds: Wall time of this call.
+    """
+
+    epochs: int
+    steps: int
+    skipped: dict[str, int]
+    best: dict[str, float] | None
+    last: dict[str, float] | None
+    checkpoint: str | None
+    best_checkpoint: str | None
+    seconds: float
+
+
+class Trainer:
+    """One run: everything that is trained, and where it stands.
+
+    Args:
+        config: The whole configuration.
+        extractor: Any module from inputs to (N, D); None builds ``config.model``.
+        data: Data sets; None builds ``config.data``.
+        criterion: None builds ``config.loss``.
+        on_step: Called after each step with (trainer, terms); for logging of one's own.
+
+    Raises:
+        ConfigError: Something the configuration asks for does not exist or does not fit.
+
+    Attributes:
+        epoch, step: The epoch that runs or comes next, and iterations done.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        extractor: nn.Module | None = None,
+        data: RunData | None = None,
+        criterion: nn.Module | None = None,
+        on_step: Callable[[Trainer, StepTerms], None] | None = None,
+    ) -> None:
+        self.config = config
+        self.device = choose_device(config.run.device)
+        torch.manual_seed(config.run.seed)
+        self.data = build_data(config.data) if data is None else data
+        self.in_channels = self.data.in_channels()
+        if extractor is None:
+            extractor = make_extractor(config.model, in_channels=self.in_channels)
+        if criterion is None:
+            criterion = make_criterion(config, self.data.num_classes)
+        self.extractor, self.criterion = extractor.to(self.device), criterion.to(self.device)
+        self.criterion.train()
+        self.optimizers = build_optimizers(config, self.extractor, self.criterion)
+        self.schedulers = build_schedulers(config, self.optimizers)
+        self.frozen = FrozenParts(config, self.extractor)
+        self.loader = make_loader(config, self.data)
+        self.generator = torch.Generator().manual_seed(config.run.seed)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.run.precision == "float16")
+        self.checkpoints = CheckpointFolder(
+            Path(config.run.output) / "checkpoints", keep=config.checkpoint.keep
+        )
+        self.on_step = on_step
+        self.epoch = self.step = 0
+        self.best: dict[str, float] | None = None
+        self.last: dict[str, float] | None = None
+        self.skipped: Counter[str] = Counter()
+        self._skipped_in_a_row = 0
+        self._sums: dict[str, float] = {}
+        self._counted = 0
+
+    # State
+    # ------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the rest of the run depends on: tensors and plain values."""
+        return {
+            "config": as_nested(self.config),
+            "config_hash": config_hash(self.config),
+            "in_channels": self.in_channels,
+            "num_classes": self.data.num_classes,
+            "extractor": self.extractor.state_dict(),
+            "criterion": self.criterion.state_dict(),
+            "optimizers": {name: self._optimizer(name).state_dict() for name in _OPTIMIZERS},
+            "schedulers": {name: scheduler.state_dict() for name, scheduler in self.schedulers.items()},
+            "scaler": self.scaler.state_dict(),
+            "loader": self.loader.state_dict(),
+            "generator": self.generator.get_state(),
+            "random": capture_random_state(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "best": self.best,
+            "last": self.last,
+            "skipped": dict(self.skipped),
+            "skipped_in_a_row": self._skipped_in_a_row,
+            "sums": {name: float(value) for name, value in self._sums.items()},
+            "counted": self._counted,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where ``state_dict`` was taken, bit for bit on a CPU.
+
+        Raises:
+            CheckpointError: Entries are missing or do not fit the model; names them.
+            ConfigError: A key that changes results differs; names all such keys.
+        """
+        missing = sorted(self.state_dict().keys() - state.keys())
+        if missing:
+            raise CheckpointError(f"the checkpoint has no entry {', '.join(missing)}")
+        changed = changed_keys(state["config"], self.config)
+        if changed and not self.config.checkpoint.allow_config_change:
+            raise ConfigError(
+                f"the run was saved with other values of {', '.join(changed)}; put them back, choose another "
+                "run.output, or set checkpoint.allow_config_change=true"
+            )
+        try:
+            self.extractor.load_state_dict(state["extractor"])
+            self.criterion.load_state_dict(state["criterion"])
+            for name in _OPTIMIZERS:
+                self._optimizer(name).load_state_dict(state["optimizers"][name])
+            for name, scheduler in self.schedulers.items():
+                scheduler.load_state_dict(state["schedulers"][name])
+            if self.scaler.is_enabled():
+                self.scaler.load_state_dict(state["scaler"])
+            self.loader.load_state_dict(state["loader"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise CheckpointError(f"the checkpoint does not fit this run: {error}") from error
+        self.generator.set_state(state["generator"])
+        restore_random_state(state["random"])
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.best, self.last = state["best"], state["last"]
+        self.skipped, self._skipped_in_a_row = Counter(state["skipped"]), state["skipped_in_a_row"]
+        self._sums, self._counted = dict(state["sums"]), state["counted"]
+
+    def _optimizer(self, name: str) -> torch.optim.Optimizer:
+        return getattr(self.optimizers, name)
+
+    def save(self, *, is_best: bool = False) -> Path:
+        """Write a checkpoint of this moment into the run's folder. OSError where the disk refuses."""
+        manifest = {"epoch": self.epoch, "config_hash": config_hash(self.config)}
+        if is_best and self.best is not None:
+            manifest["metrics"] = self.best
+        return self.checkpoints.save(self.step, self.state_dict(), manifest=manifest, is_best=is_best)
+
+    def resume(self, path: str | Path | None = None) -> Loaded | None:
+        """Continue from a checkpoint file, or from the newest usable one of the run's folder.
+
+        Returns:
+            What was loaded, with the problems of newer files; None where ``path`` is None and the folder is
+            empty.
+
+        Raises:
+            CheckpointError: ``path`` is unusable, or files exist and none is usable.
+        """
+        if path is not None:
+            loaded = Loaded(Path(path), load_checkpoint(path), ())
+        elif self.checkpoints.files():
+            loaded = self.checkpoints.load_newest()
+        else:
+            return None
+        self.load_state_dict(loaded.state)
+        return loaded
+
+    # The run
+    # ----------------------------------------------------------------------------------------------------
+
+    def fit(self, report: RunReport) -> RunResult:
+        """Train to the last epoch from wherever the run stands.
+
+        The first SIGINT or SIGTERM ends it after the running step with a checkpoint, the second at once.
+
+        Raises:
+            Interrupted: After a signal; the state is saved.
+            DivergedError: Too many skipped steps in a row; the parameters were not touched by them.
+            CheckpointError: The last checkpoint of the run could not be written.
+        """
+        began = time.monotonic()
+        with StopOnSignal() as stop:
+            while self.epoch < self.config.schedule.epochs:
+                self._train_epoch(report, stop)
+                self._end_epoch(report, stop)
+        newest, best = self.checkpoints.files(), self.checkpoints.best_file()
+        return RunResult(
+            epochs=self.epoch,
+            steps=self.step,
+            skipped=dict(self.skipped),
+            best=self.best,
+            last=self.last,
+            checkpoint=str(newest[0]) if newest else None,
+            best_checkpoint=None if best is None else str(best),
+            seconds=round(time.monotonic() - began, 3),
+        )
+
+    def _train_epoch(self, report: RunReport, stop: StopOnSignal) -> None:
+        self.frozen.begin_epoch(self.epoch)
+        every, length = self.config.checkpoint.every_steps, len(self.loader)
+        for inputs, labels in self.loader:
+            terms = self.train_batch(inputs, labels)
+            done = self.loader.position
+            report.step(terms, step=self.step, epoch=self.epoch, done=done, total=length)
+            if terms.skipped:
+                self._check_skipped(report, terms, labels)
+            if self.on_step is not None:
+                self.on_step(self, terms)
+            if stop.requested:
+                self._stop(report)
+            if every and self.step % every == 0 and done < length:  # the end of an epoch is saved anyway
+                self._save_or_warn(report)
+
+    def train_batch(self, inputs: Any, labels: torch.Tensor) -> StepTerms:
+        """One iteration on a batch as the loader gives it; counts it and keeps the epoch's sums."""
+        terms = train_step(
+            self.extractor,
+            self.criterion,
+            inputs.to(self.device, non_blocking=True),
+            labels,
+            self.optimizers,
+            clip_value=self.config.optimizer.clip_value,
+            clip_norm=self.config.optimizer.clip_norm,
+            generator=self.generator,
+            scaler=self.scaler,
+            autocast=_DTYPES[self.config.run.precision],
+        )
+        self.step += 1
+        if terms.skipped:
+            self.skipped[terms.skipped] += 1
+            self._skipped_in_a_row += terms.skipped != "scale"
+            return terms
+        self._skipped_in_a_row = 0
+        self._counted += 1
+        for name, value in terms.named().items():
+            self._sums[name] = self._sums.get(name, 0.0) + value.double()
+        return terms
+
+    def _check_skipped(self, report: RunReport, terms: StepTerms, labels: torch.Tensor) -> None:
+        """Write down which batch was not finite, and end the run where the policy says so."""
+        report.event(
+            "skipped",
+            self.step,
+            reason=terms.skipped,
+            epoch=self.epoch,
+            batch=self.loader.position - 1,
+            labels=labels.tolist(),
+        )
+        limit = 1 if self.config.run.nonfinite_policy == "stop" else self.config.run.nonfinite_limit
+        if self._skipped_in_a_row >= limit:
+            raise DivergedError(
+                f"{self._skipped_in_a_row} steps in a row had a {terms.skipped} that is not finite "
+                f"(step {self.step}, epoch {self.epoch}); parameters are those from before them. Lower the learning "
+                "rates, or look at the batches that the log names"
+            )
+
+    def _end_epoch(self, report: RunReport, stop: StopOnSignal) -> None:
+        # Evaluation comes first and changes nothing, so an interrupt in it leaves the state of the last step.
+        number, epochs, every = self.epoch + 1, self.config.schedule.epochs, self.config.evaluation.every
+        metrics = None
+        if every and self.data.test is not None and (number % every == 0 or number == epochs):
+            metrics = self._evaluate(report, stop)
+        self.criterion.schedule.end_epoch()
+        for scheduler in self.schedulers.values():
+            scheduler.step()
+        means = {name: float(value) / self._counted for name, value in self._sums.items()}
+        self._sums, self._counted = {}, 0
+        report.event("epoch", self.step, epoch=self.epoch, **means)
+        self.epoch = number
+        is_best = False
+        if metrics is not None:
+            name = self.config.checkpoint.best_metric
+            is_best = self.best is None or metrics[name] > self.best[name]
+            self.last, self.best = metrics, metrics if is_best else self.best
+        if stop.requested:
+            self._stop(report, is_best=is_best)
+        (self._save_last if number == epochs else self._save_or_warn)(report, is_best=is_best)
+
+    def _evaluate(self, report: RunReport, stop: StopOnSignal) -> dict[str, float]:
+        def watch(done: int, total: int) -> None:
+            report.evaluating(done, total)
+            if stop.requested:
+                self._stop(report)
+
+        metrics = evaluate(self.config, self.extractor, self.data, device=self.device, on_batch=watch)
+        report.event("evaluation", self.step, epoch=self.epoch, **metrics)
+        name = self.config.checkpoint.best_metric
+        if name not in metrics:
+            raise ConfigError(
+                f"checkpoint.best_metric is {name!r}; the evaluation gives {', '.join(metrics)}"
+            )
+        return metrics
+
+    def _stop(self, report: RunReport, *, is_best: bool = False) -> None:
+        self._save_last(report, is_best=is_best)
+        raise Interrupted(f"stopped after step {self.step}; continue with --resume")
+
+    def _save_or_warn(self, report: RunReport, *, is_best: bool = False) -> None:
+        # A full disk in the middle of a run costs a checkpoint, not the run: the earlier ones are whole.
+        try:
+            report.event("checkpoint", self.step, file=self.save(is_best=is_best).name)
+        except OSError as error:
+            report.warning(
+                self.step, f"checkpoint of step {self.step} not written: {error}; earlier ones are whole"
+            )
+
+    def _save_last(self, report: RunReport, *, is_best: bool = False) -> None:
+        try:
+            report.event("checkpoint", self.step, file=self.save(is_best=is_best).name)
+        except OSError as error:
+            raise CheckpointError(
+                f"the last checkpoint could not be written: {error}; earlier ones are whole"
+            ) from error

@@ -1,0 +1,153 @@
+"""Configuration: defaults, layers, overrides, and the message of every mistake."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from gcng.training.config import FREE_ON_RESUME, Config
+from gcng.training.config_io import (
+    as_nested,
+    changed_keys,
+    config_hash,
+    config_keys,
+    load_config,
+    to_toml,
+)
+from gcng.training.errors import ConfigError
+
+
+def write(tmp_path, text):
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    return path
+
+
+def test_defaults_are_the_published_sop_resnet50_numbers():
+    config, recipe = load_config(), load_config(recipe="sop/resnet50")
+    for section in ("loss", "optimizer", "schedule", "evaluation"):
+        assert getattr(config, section) == getattr(recipe, section)
+    assert (config.data.num_classes_per_batch, config.data.samples_per_class) == (40, 2)
+
+
+def test_later_layers_win(tmp_path):
+    path = write(tmp_path, 'recipe = "cub/resnet50"\n[loss]\nalpha = 3\nbeta = 7.5\n')
+    config = load_config(path, overrides=["loss.beta=8"])
+    assert config.loss.alpha == 3.0 and isinstance(config.loss.alpha, float)
+    assert config.loss.beta == 8.0
+    assert config.loss.num_layers == 2  # from the recipe
+    assert (
+        load_config(path, recipe="sop/resnet50").loss.num_layers == 1
+    )  # the argument replaces the file's recipe
+
+
+def test_overrides_are_parsed_by_the_type_of_their_key():
+    config = load_config(
+        overrides=[
+            "evaluation.k=[1, 5, 10]",
+            "optimizer.clip_value=none",
+            "optimizer.clip_norm=2",
+            "model.normalize=yes",
+            "run.output=a=b",
+            "data.workers=2",
+            "data.crop_scale=[0.5, 1]",
+        ]
+    )
+    assert config.evaluation.k == (1, 5, 10)
+    assert config.optimizer.clip_value is None and config.optimizer.clip_norm == 2.0
+    assert config.model.normalize is True and config.run.output == "a=b" and config.data.workers == 2
+    assert config.data.crop_scale == (0.5, 1.0)
+    assert load_config(overrides={"loss.alpha": 4}).loss.alpha == 4.0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["loss.alhpa=4"], r"override: unknown key 'loss.alhpa'; did you mean 'loss.alpha'\?"),
+        (["alpha=4"], r"unknown key 'alpha'; did you mean 'loss.alpha'\?"),
+        (["los.alpha=4"], r"did you mean 'loss.alpha'\?"),
+        (["loss.alpha"], "must look like KEY=VALUE"),
+        (["loss.alpha=four"], "loss.alpha must be a number, got 'four'"),
+        (["loss.alpha=nan"], "loss.alpha must be finite, got nan"),
+        (["loss.alpha=inf"], "loss.alpha must be finite, got inf"),
+        (["loss.alpha=-1"], "loss.alpha must be above 0, got -1.0"),
+        (["loss.dropout=1"], "loss.dropout must be below 1, got 1.0"),
+        (["loss.num_layers=1.5"], "loss.num_layers must be an integer, got '1.5'"),
+        (["loss.num_layers=0"], "loss.num_layers must be at least 1, got 0"),
+        (["model.normalize=2"], "model.normalize must be true or false, got '2'"),
+        (["run.precision=fp8"], "run.precision must be one of float32, bfloat16, float16, got 'fp8'"),
+        (["run.device=gpu"], "run.device must be auto, cpu, cuda or cuda:INDEX, got 'gpu'"),
+        (["evaluation.k=0"], r"evaluation.k must be one or more ranks >= 1, got \[0\]"),
+        (["evaluation.k=1,x"], "evaluation.k must be an integer, got 'x'"),
+        (["data.crop_scale=1,0.5"], "data.crop_scale must be"),
+        (["optimizer.clip_norm=1"], "clip_value and optimizer.clip_norm are both given"),
+        (["loss.num_heads=3"], "loss.num_heads must divide model.embedding_size, got 3 and 512"),
+    ],
+)
+def test_bad_override_names_key_and_cause(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(overrides=overrides)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[loss]\nalhpa = 4\n", r"run.toml: unknown key 'loss.alhpa'; did you mean 'loss.alpha'\?"),
+        ("[los]\nalpha = 4\n", r"run.toml: unknown section \[los\]; did you mean 'loss'\?"),
+        ("loss = 4\n", r"run.toml: loss must be a table"),
+        ("[loss]\nalpha = 'x'\n", "run.toml: loss.alpha must be a number, got 'x'"),
+        ("[loss]\nalpha = true\n", "run.toml: loss.alpha must be a number, got True"),
+        ("[loss]\nalpha = nan\n", "run.toml: loss.alpha must be finite, got nan"),
+        ("[loss]\nnum_layers = 1.0\n", "run.toml: loss.num_layers must be an integer, got 1.0"),
+        ("[run]\noutput = 3\n", "run.toml: run.output must be a string, got 3"),
+        ("[evaluation]\nk = 3\n", "run.toml: evaluation.k must be a list of an integer, got 3"),
+        ("[loss\nalpha = 4\n", r"not valid TOML: .*line 1"),
+        ("recipe = 'sop/resnet5'\n", r"unknown recipe 'sop/resnet5'; did you mean 'sop/resnet50'\?"),
+        ("recipe = 5\n", "recipe must be a string"),
+    ],
+)
+def test_bad_file_names_file_key_and_cause(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(tmp_path, text))
+
+
+def test_missing_and_binary_files_are_config_errors(tmp_path):
+    with pytest.raises(ConfigError, match=r"absent.toml does not exist; `gcng recipes show"):
+        load_config(tmp_path / "absent.toml")
+    (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path / "bytes.toml")
+
+
+def test_config_is_frozen_and_every_key_is_documented():
+    config = load_config()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.loss.alpha = 3.0
+    assert all(text for text in config_keys().values())
+    assert set(config_keys()) >= FREE_ON_RESUME
+
+
+def test_toml_round_trip(tmp_path):
+    config = load_config(recipe="cub/dino-vits16", overrides=['run.output=a "quoted" path'])
+    path = write(tmp_path, to_toml(as_nested(config), "two\nlines"))
+    assert load_config(path) == config
+
+
+def test_hash_follows_results_only():
+    base = load_config()
+    assert config_hash(base) == config_hash(load_config(overrides=["data.workers=2", "logging.every=1"]))
+    changed = load_config(overrides=["loss.alpha=4", "data.workers=2", "run.seed=1"])
+    assert config_hash(base) != config_hash(changed)
+    assert changed_keys(as_nested(base), changed) == ["loss.alpha", "run.seed"]
+    assert isinstance(base, Config)
+
+
+def test_reading_a_configuration_imports_no_torch():
+    code = (
+        "import sys; from gcng.training import load_config; load_config(recipe='sop/resnet50');"
+        "sys.exit(int(any(m in sys.modules for m in ('torch', 'numpy'))))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
