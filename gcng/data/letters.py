@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 import unicodedata
 import zlib
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from gcng.data.atomic import write_atomically
 from gcng.data.glyphs import GlyphDataset, check_split, grid_dataset, has_ink, permuted_split
 from gcng.data.optional import require
 from gcng.data.rendering import FontFace, GlyphGrid, merge_look_alikes, render_glyphs
@@ -147,14 +147,5 @@ def _read_cache(path: Path) -> GlyphGrid | None:
 
 def _write_cache(path: Path, grid: GlyphGrid) -> None:
     """Atomic: readers see the whole file or none, also when two processes render at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=path.stem, suffix=".part", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez_compressed(file, images=grid.images, characters=np.array(grid.characters, np.int64))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    characters = np.array(grid.characters, np.int64)
+    write_atomically(path, lambda file: np.savez_compressed(file, images=grid.images, characters=characters))

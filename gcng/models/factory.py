@@ -27,7 +27,8 @@ def build_extractor(spec: str, embedding_size: int, **options: Any) -> nn.Module
     ``"small_conv"``           `SmallConvNet`; options ``in_channels``, ``channels``
     ``"linear"``               `LinearExtractor`; options ``in_features``, ``bias``
     ``"torchvision:resnet50"`` ``torchvision.models.get_model``, its last layer replaced; options ``head``,
-                               ``pooling`` and those of the model, such as ``weights="DEFAULT"`` (default: no weights)
+                               ``pooling`` and those of the model, such as ``weights="DEFAULT"`` (default:
+                               no weights)
     ``"timm:name"``            ``timm.create_model``, its last layer replaced; options ``head`` and those of
                                ``create_model``, such as ``pretrained=True`` (default: no weights)
     ``"package.module:name"``  ``name(embedding_size, **options)``, which returns an ``nn.Module``
