@@ -17,18 +17,21 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # Part of gcng (a module or package directly in gcng/) -> the parts that it may import.
-BASE = frozenset({"_version", "mode", "memory"})
+BASE = frozenset({"_version", "mode", "memory", "batch_layout"})
 DEFINITION = BASE | {"reference", "kernels"}
 OPS = DEFINITION | {"ops", "functional"}
 LIBRARY = OPS | {"nn", "losses", "data", "models", "recipes", "evaluation"}
+# gcng.memory and gcng.batch_layout stand alone: command line and sampler use them without the ops.
 MAY_IMPORT: dict[str, frozenset[str]] = {
     "_version": frozenset(),
     "mode": frozenset({"_version"}),
     "memory": frozenset({"_version", "mode"}),
+    "batch_layout": frozenset({"_version", "mode"}),
     "kernels": BASE,
     "reference": BASE,
     "ops": DEFINITION,
     "functional": DEFINITION | {"ops"},
+    "explanation": OPS,
     "nn": OPS,
     "losses": OPS | {"nn"},
     "data": BASE,
@@ -36,7 +39,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "recipes": BASE,
     "evaluation": OPS,
     "training": LIBRARY,
-    "cli": LIBRARY | {"training"},
+    "cli": LIBRARY | {"training", "explanation"},
 }
 # gcng/__init__.py hands out names of every part on first use; gcng/__main__.py starts the command line.
 UNBOUND = {"__init__", "__main__"}
