@@ -100,7 +100,7 @@ def _edges_backward_fake(
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in like]
 
 
-_forward = define_op(
+edges = define_op(
     f"edges({_FIELD}, int pairs_per_tile, bool stash) -> (Tensor, Tensor, Tensor)", _edges, _edges_fake
 )
 _backward = define_op(

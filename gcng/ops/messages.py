@@ -114,7 +114,7 @@ def _messages_backward_fake(
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in like]
 
 
-_forward = define_op(f"messages{_SCHEMA}", _messages, _messages_fake)
+messages = define_op(f"messages{_SCHEMA}", _messages, _messages_fake)
 _backward = define_op(
     f"messages_backward(Tensor grad, Tensor kept, {_FIELD}, Tensor weight, Tensor bias, int pairs_per_tile, "
     "bool stash, bool need_base, bool need_chain) -> Tensor[]",

@@ -5,7 +5,7 @@ What every other path of gcng must equal. Memory grows with N * N * D; autograd 
 
 from gcng.reference import losses
 from gcng.reference.correlation import center_normalize, initial_edges
-from gcng.reference.dropout import dropout_scales, node_identity
+from gcng.reference.dropout import dropout_pairs, dropout_scales, node_identity
 from gcng.reference.edges import activation_norm, edges
 from gcng.reference.gates import batch_norm, gates
 from gcng.reference.graph import DenseGraph, graph
@@ -20,6 +20,7 @@ __all__ = [
     "batch_norm",
     "center_normalize",
     "class_layout",
+    "dropout_pairs",
     "dropout_scales",
     "edges",
     "gates",

@@ -54,28 +54,30 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
     return c0, c1
 
 
-def dropout_scales(
-    seed: Tensor, layer: int, p: float, row_identity: Tensor, column_identity: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Scales of the two weights of (10) for a block of pairs.
+def dropout_pairs(seed: Tensor, layer: int, p: float, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales of the two weights of (10) for pairs of nodes.
 
     Args:
         seed: 0-dim int64, one draw for a phase. layer: index of the propagation layer, from 0.
         p: probability of dropping a weight, in [0, 1).
-        row_identity: (R,) int64, column_identity: (S,) int64, of :func:`node_identity`.
+        rows, columns: identities of the two endpoints (:func:`node_identity`), int64 of one shape.
 
     Returns:
-        Two (R, S) float32 tensors, 0 or 1 / (1 - p): the row endpoint's and the column endpoint's scale.
+        Two float64 tensors of that shape, 0 or 1 / (1 - p): the row endpoint's and the column endpoint's scale.
     """
-    rows, columns = torch.broadcast_tensors(row_identity[:, None], column_identity[None, :])
     small, large = torch.minimum(rows, columns), torch.maximum(rows, columns)
     counter = (small & _MASK, _shift_right(small, 32), large & _MASK, _shift_right(large, 32))
     seed = seed.to(rows.device)
     words = philox(counter, (seed & _MASK, (_shift_right(seed, 32) + layer) & _MASK))
     threshold = round(p * 2**32)
-    scales = [torch.where(word >= threshold, 1.0 / (1.0 - p), 0.0) for word in words]
+    scales = [(word >= threshold).double() / (1.0 - p) for word in words]
     row_is_large = rows > columns
     return (
         torch.where(row_is_large, scales[1], scales[0]),
         torch.where(row_is_large | (rows == columns), scales[0], scales[1]),
     )
+
+
+def dropout_scales(seed: Tensor, layer: int, p: float, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`dropout_pairs` for a block: identities (R,) and (S,) to two (R, S) float64 tensors."""
+    return dropout_pairs(seed, layer, p, *torch.broadcast_tensors(rows[:, None], columns[None, :]))

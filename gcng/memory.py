@@ -1,0 +1,226 @@
+"""Memory as a budget: what the losses may keep between forward and backward, and how large a tile is.
+
+Plain arithmetic, no torch: ``gcng estimate`` answers before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+MIB = 2**20
+DEFAULT_CPU_BUDGET = 512 * MIB
+ITEM_SIZES = {"float16": 4, "bfloat16": 4, "float32": 4, "float64": 8}  # tiles of 16-bit inputs are float32
+_UNITS = {"": 1, "B": 1}
+for _power, _letter in enumerate("KMGT", start=1):
+    _UNITS |= {f"{_letter}IB": 1024**_power, f"{_letter}B": 1000**_power, _letter: 1024**_power}
+
+
+def parse_bytes(budget: int | float | str) -> int:
+    """Bytes of ``"2GiB"``, ``"500 MB"``, ``"1.5G"`` or a number.
+
+    Raises:
+        ValueError: not a positive size. TypeError: neither a number nor a string.
+    """
+    if isinstance(budget, bool) or not isinstance(budget, (int, float, str)):
+        raise TypeError(f"memory_budget must be a number of bytes or a string, got {type(budget).__name__}")
+    text = str(budget).strip()
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)", text)
+    if match is None or match[2].upper() not in _UNITS:
+        raise ValueError(f'memory_budget is {budget!r}; use a number of bytes or a size such as "2GiB" or "500MB"')
+    size = float(match[1]) * _UNITS[match[2].upper()]
+    if not 0 < size < float("inf"):
+        raise ValueError(f"memory_budget is {budget!r}; it must be positive")
+    return int(size)
+
+
+def format_bytes(size: float) -> str:
+    """A size for people: ``1.25 GiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
+        size /= 1024
+    return f"{size:.2f} TiB"
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What is kept for the backward, and the tile size; the same for every op of a call."""
+
+    pairs_per_tile: int
+    stash_edges: bool = False
+    stash_hidden: bool = False
+    stash_small: bool = False  # gates and message pre-activations
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Predicted peak of one phase with its backward, beyond embeddings, parameters and their gradients."""
+
+    peak_bytes: int
+    terms: dict[str, int]
+    plan: MemoryPlan
+    budget_bytes: int
+    sizes: dict[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        rows = [f"  {name:<24} {format_bytes(size):>12}" for name, size in self.terms.items()]
+        kept = [name for name in ("edges", "hidden", "small") if getattr(self.plan, f"stash_{name}")]
+        rows.append(f"  {'peak':<24} {format_bytes(self.peak_bytes):>12}")
+        how = f"keeps {', '.join(kept)}" if kept else "keeps nothing, recomputes"
+        return "\n".join([f"{how}; tiles of {self.plan.pairs_per_tile} pairs", *rows])
+
+
+def default_budget(available: int) -> int:
+    """The budget of the CPU path when none is given: 512 MiB, or a quarter of what is available if that is less."""
+    return max(min(DEFAULT_CPU_BUDGET, available // 4), 1)
+
+
+def available_memory() -> int:
+    """Bytes that this process may still allocate: free memory, cgroup and rlimits considered."""
+    limits = [_meminfo(), *_cgroup(), *_rlimits()]
+    return max(min(limits), 0)
+
+
+def _meminfo() -> int:
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 8 * 1024 * MIB  # no such file on this system: assume a small laptop
+
+
+def _cgroup() -> list[int]:
+    try:
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
+            limit = file.read().strip()
+        with open("/sys/fs/cgroup/memory.current", encoding="ascii") as file:
+            return [] if limit == "max" else [int(limit) - int(file.read())]
+    except (OSError, ValueError):
+        return []
+
+
+def _rlimits() -> list[int]:
+    try:
+        import resource
+
+        with open("/proc/self/status", encoding="ascii") as file:
+            used = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in file if line.startswith("Vm")}
+    except (ImportError, OSError, ValueError):
+        return []
+    pairs = ((resource.RLIMIT_DATA, "VmData"), (resource.RLIMIT_AS, "VmSize"))
+    limits = [(resource.getrlimit(kind)[0], used.get(name, 0)) for kind, name in pairs]
+    return [limit - taken for limit, taken in limits if limit != resource.RLIM_INFINITY]
+
+
+# Rows of 4 D floats that are alive at once in a tile's backward, and rows of D (measured, see docs/memory.md).
+_TILE_HIDDEN_ROWS, _TILE_ROWS = 6, 16
+_TILE_BYTES = 8 * MIB  # of one (pairs, 4 D) tensor: large enough for the GEMM, small enough for the caches
+
+
+def _terms(n: int, d: int, layers: int, samples_per_class: int, item: int, plan: MemoryPlan) -> dict[str, int]:
+    vectors = n * (n + 1) // 2 * d * item
+    terms = {
+        "nodes": (20 + 36 * layers) * n * d * item,
+        "tile workspace": plan.pairs_per_tile * d * item * (4 * _TILE_HIDDEN_ROWS + _TILE_ROWS),
+        "anchor x class": n * max(n // max(samples_per_class, 1), 1) * 8,
+    }
+    if plan.stash_edges:
+        terms["edges"] = layers * vectors
+        terms["edge gradient"] = (1 if layers == 1 else 2) * vectors
+    if plan.stash_hidden:
+        terms["hidden"] = 5 * layers * vectors
+    if plan.stash_small:
+        terms["messages"] = layers * vectors
+        terms["gates"] = vectors
+    return terms
+
+
+def tile_pairs(n: int, d: int, item: int, budget: int) -> int:
+    """Pairs of a tile: by the size of its hidden tensor, and at most an eighth of the budget."""
+    wanted = _TILE_BYTES // (4 * d * item)
+    fits = budget // 8 // (d * item * (4 * _TILE_HIDDEN_ROWS + _TILE_ROWS))
+    return max(min(wanted, fits, n * n), min(16, n * n), 1)
+
+
+def plan_memory(
+    num_samples: int,
+    embedding_size: int,
+    num_layers: int,
+    *,
+    samples_per_class: int = 2,
+    item_size: int = 4,
+    budget: int,
+) -> MemoryEstimate:
+    """Choose what to keep: the fastest plan whose predicted peak fits the budget.
+
+    Raises:
+        MemoryError: not even recomputing everything fits; names the terms and what to change.
+    """
+    n, d = num_samples, embedding_size
+    pairs = tile_pairs(n, d, item_size, budget)
+    # In the order of matrix products saved: hidden 16, edges 36, the small ones 8 units of D^2 for a pair and layer.
+    choices = ((True, True, True), (True, True, False), (True, False, True), (True, False, False), (False,) * 3)
+    for choice in choices:
+        plan = MemoryPlan(pairs, *choice)
+        terms = _terms(n, d, num_layers, samples_per_class, item_size, plan)
+        peak = sum(terms.values())
+        if peak <= budget:
+            return MemoryEstimate(peak, terms, plan, budget)
+    listing = ", ".join(f"{name} {format_bytes(size)}" for name, size in terms.items())
+    raise MemoryError(
+        f"gcng: N = {n}, D = {d}, L = {num_layers} needs {format_bytes(peak)} ({listing}) but memory_budget is "
+        f"{format_bytes(budget)}; raise memory_budget to at least {format_bytes(peak)}, or use fewer samples or "
+        f"channels"
+    )
+
+
+def estimate_memory(
+    num_samples: int,
+    embedding_size: int,
+    num_layers: int = 1,
+    num_classes: int | None = None,
+    *,
+    samples_per_class: int = 2,
+    dtype: str = "float32",
+    memory_budget: int | float | str | None = None,
+) -> MemoryEstimate:
+    """Predict the peak memory of one phase of :class:`gcng.losses.GCAHNGLoss` with its backward.
+
+    Args:
+        num_samples: N, samples of a batch. embedding_size: D. num_layers: L. num_classes: C, training classes; adds
+            the classifier's parameters and gradients as a term of their own. samples_per_class: K.
+        dtype: of the embeddings, by name (``torch.float32`` works too).
+        memory_budget: as for the loss; None is the default of the CPU path on this machine.
+
+    Returns:
+        MemoryEstimate with ``peak_bytes``, ``terms`` (name -> bytes) and the chosen plan. Bytes come on top of the
+        embeddings and the graph's parameters.
+
+    Raises:
+        MemoryError: the budget is too small for any plan. ValueError: a size is not positive, or a dtype unknown.
+
+    Example:
+        >>> print(gcng.estimate_memory(1024, 128, memory_budget="700MB"))
+    """
+    sizes = {"num_samples": num_samples, "embedding_size": embedding_size, "num_layers": num_layers}
+    sizes |= {"samples_per_class": samples_per_class} | ({} if num_classes is None else {"num_classes": num_classes})
+    for name, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"estimate_memory: {name} must be a positive integer, got {value!r}")
+    name = str(dtype).removeprefix("torch.")
+    if name not in ITEM_SIZES:
+        raise ValueError(f"estimate_memory: dtype {dtype!r} is unknown; use one of {', '.join(ITEM_SIZES)}")
+    budget = default_budget(available_memory()) if memory_budget is None else parse_bytes(memory_budget)
+    estimate = plan_memory(
+        num_samples, embedding_size, num_layers,
+        samples_per_class=samples_per_class, item_size=ITEM_SIZES[name], budget=budget,
+    )  # fmt: skip
+    terms = dict(estimate.terms)
+    if num_classes is not None:
+        # Weight, gradient, and the two moments of Adam.
+        terms["classifier"] = 4 * num_classes * (embedding_size + 1) * ITEM_SIZES[name]
+    return MemoryEstimate(sum(terms.values()), terms, estimate.plan, budget, sizes)

@@ -1,0 +1,210 @@
+"""Op (14): batch statistics over the field, the gates of a tile, and the backward through both.
+
+The batch norm folds into the gate map once its statistics are known (identity I3), and the two means of its backward
+follow from the weight gradient, so that neither costs a pass over the pairs of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from gcng.ops.messages import any_needed
+from gcng.ops.pair_field import Dropout, FieldGradients, PairField, with_smaller_tiles
+from gcng.ops.registration import compute_dtype, define_autocast, define_gradient, define_op
+from gcng.ops.tiles import Tile, pair_count, pair_weights, plan_tiles
+
+EPS = 1e-5
+
+
+def packed_chunks(n: int, pairs: int) -> Iterator[slice]:
+    """Cut packed storage into runs of ``pairs`` vectors."""
+    total = pair_count(n)
+    for start in range(0, total, max(pairs, 1)):
+        yield slice(start, min(start + max(pairs, 1), total))
+
+
+def edge_weights(tile: Tile, like: Tensor) -> Tensor:
+    """How many ordered pairs each column of a tile stands for, (S, 1): 2 where mirrored, else 1."""
+    weights = like.new_full((tile.shape[1], 1), 2.0)
+    weights[: tile.mirror] = 1.0
+    return weights
+
+
+def moments(field: PairField, pairs: int) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance (D,) of the edges over all N² ordered pairs, in the field's dtype.
+
+    Sums are taken around the mean of the first tile, so that a common offset does not cancel, and are accumulated in
+    float64.
+    """
+    width = field.base.shape[-1]
+    shift: Tensor | None = None
+    total, squares = (torch.zeros(width, dtype=torch.float64, device=field.base.device) for _ in range(2))
+    for values, weights in _weighted_edges(field, pairs):
+        if shift is None:
+            shift = values.mean(0)
+        centered = values - shift
+        weighted = centered * weights
+        total += weighted.sum(0)
+        squares += (weighted * centered).sum(0)
+    if shift is None:
+        return total.to(field.dtype), squares.to(field.dtype)
+    mean = total / field.n**2
+    var = (squares / field.n**2 - mean.square()).clamp(min=0)
+    return (mean + shift).to(field.dtype), var.to(field.dtype)
+
+
+def _weighted_edges(field: PairField, pairs: int) -> Iterator[tuple[Tensor, Tensor]]:
+    if field.packed and not field.layers:
+        weights = pair_weights(field.n, field.base)
+        for chunk in packed_chunks(field.n, pairs):
+            yield field.base[chunk], weights[chunk]
+        return
+    for tile in plan_tiles(field.n, pairs):
+        e = field.edges(tile)
+        weights = edge_weights(tile, e).expand(tile.shape[0], -1, -1)
+        yield e.flatten(0, 1), weights.flatten(0, 1)
+
+
+class GateHead:
+    """Gates as a function of a tile of edges, with the batch norm folded into the map.
+
+    Args:
+        norm_weight: (D,) gain. weight: (D, D). bias: (D,). mean, var: (D,) of :func:`moments`.
+    """
+
+    def __init__(self, norm_weight: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> None:
+        dtype = mean.dtype
+        self.gain, self.weight, self.mean = norm_weight.to(dtype), weight.to(dtype), mean
+        self.rstd = torch.rsqrt(var + EPS)
+        self.folded = self.weight * (self.gain * self.rstd)
+        self.shift = bias.to(dtype) - self.folded @ mean
+        # The gate of an average edge: sums of gates are taken around it.
+        self.center = torch.sigmoid(bias.to(dtype))
+
+    def gates(self, e: Tensor) -> Tensor:
+        """(..., D) edges to (..., D) gates."""
+        return torch.addmm(self.shift, e.reshape(-1, e.shape[-1]), self.folded.T).sigmoid_().view_as(e)
+
+
+class GateGradients:
+    """Backward of :class:`GateHead` and of the batch statistics below it.
+
+    Two passes: :meth:`add` over all pairs, :meth:`finish`, then :meth:`edge_gradient` for every pair.
+    """
+
+    def __init__(self, head: GateHead, n: int) -> None:
+        self.head, self.n = head, n
+        self.map = torch.zeros_like(head.weight)
+        self.bias = torch.zeros_like(head.shift)
+
+    def add(self, grad_logits: Tensor, e: Tensor) -> None:
+        """Add pairs: gradients of the gate logits (P, D), both orders summed, and their edges (P, D)."""
+        self.map.addmm_(grad_logits.T, e - self.head.mean)
+        self.bias += grad_logits.sum(0)
+
+    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of the norm's gain, the map and its bias."""
+        head = self.head
+        normalized = self.map * head.rstd
+        grad_gain = (head.weight * normalized).sum(0)
+        scale = head.gain * head.rstd
+        self.constant = scale * (head.weight.T @ self.bias) / self.n**2
+        self.linear = scale * head.rstd * grad_gain / self.n**2
+        return grad_gain, normalized * head.gain, self.bias
+
+    def edge_gradient(self, grad_logits: Tensor, e: Tensor, weights: Tensor) -> Tensor:
+        """Gradient of the edges, for pairs that stand for ``weights`` ordered pairs each."""
+        correction = torch.addcmul(self.constant, e - self.head.mean, self.linear)
+        return (grad_logits.reshape(-1, e.shape[-1]) @ self.head.folded).view_as(e) - weights * correction
+
+
+_FIELD = "Tensor base, bool packed, Tensor[] chain, Tensor identity, Tensor seed, float p, int first_layer"
+
+
+def _edge_moments(
+    base: Tensor,
+    packed: bool,
+    chain: Sequence[Tensor],
+    identity: Tensor,
+    seed: Tensor,
+    p: float,
+    first_layer: int,
+    pairs_per_tile: int,
+) -> tuple[Tensor, Tensor]:
+    field = PairField(base, packed, identity.shape[0], chain, Dropout(identity, seed, p, first_layer))
+    return with_smaller_tiles(lambda pairs: moments(field, pairs), pairs_per_tile)
+
+
+def _edge_moments_fake(base, packed, chain, identity, seed, p, first_layer, pairs_per_tile):
+    size, dtype = (base.shape[-1],), compute_dtype(base.dtype)
+    return base.new_empty(size, dtype=dtype), base.new_empty(size, dtype=dtype)
+
+
+def _edge_moments_backward(
+    grad_mean: Tensor,
+    grad_var: Tensor,
+    mean: Tensor,
+    base: Tensor,
+    packed: bool,
+    chain: Sequence[Tensor],
+    identity: Tensor,
+    seed: Tensor,
+    p: float,
+    first_layer: int,
+    pairs_per_tile: int,
+    need_base: bool,
+    need_chain: bool,
+) -> list[Tensor]:
+    n = identity.shape[0]
+    field = PairField(base, packed, n, chain, Dropout(identity, seed, p, first_layer))
+
+    def run(pairs: int) -> list[Tensor]:
+        grads = FieldGradients(field, need_base=need_base, need_chain=need_chain)
+        for tile in plan_tiles(n, pairs):
+            e, states = field.edges_with_states(tile)
+            grad = (grad_mean + 2 * grad_var * (e - mean)) * (edge_weights(tile, e) / n**2)
+            grads.add(tile, grad, states)
+        out = [grads.base.to(base.dtype)] if need_base else []
+        return out + ([g.to(x.dtype) for g, x in zip(grads.chain(), chain, strict=True)] if need_chain else [])
+
+    return with_smaller_tiles(run, pairs_per_tile)
+
+
+def _edge_moments_backward_fake(
+    grad_mean, grad_var, mean, base, packed, chain, identity, seed, p, first_layer, pairs_per_tile,
+    need_base, need_chain,
+):  # fmt: skip
+    like = ([base] if need_base else []) + (list(chain) if need_chain else [])
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in like]
+
+
+edge_moments = define_op(f"edge_moments({_FIELD}, int pairs_per_tile) -> (Tensor, Tensor)", _edge_moments, _edge_moments_fake)
+_backward = define_op(
+    f"edge_moments_backward(Tensor grad_mean, Tensor grad_var, Tensor mean, {_FIELD}, int pairs_per_tile, "
+    "bool need_base, bool need_chain) -> Tensor[]",
+    _edge_moments_backward,
+    _edge_moments_backward_fake,
+)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    base, ctx.packed, chain, identity, seed, ctx.p, ctx.first_layer, ctx.pairs = inputs
+    ctx.save_for_backward(output[0], base, identity, seed, *chain)
+
+
+def _gradient(ctx, grad_mean: Tensor, grad_var: Tensor):
+    mean, base, identity, seed, *chain = ctx.saved_tensors
+    need_base, need_chain = ctx.needs_input_grad[0], any_needed(ctx.needs_input_grad[2])
+    grads = _backward(
+        grad_mean, grad_var, mean, base, ctx.packed, chain, identity, seed, ctx.p, ctx.first_layer, ctx.pairs,
+        need_base, need_chain,
+    )  # fmt: skip
+    grad_base = grads.pop(0) if need_base else None
+    return grad_base, None, grads if need_chain else [None] * len(chain), None, None, None, None, None
+
+
+define_gradient("edge_moments", _gradient, _setup_context)
+define_autocast("edge_moments")

@@ -1,0 +1,393 @@
+"""Op (24)-(26): the generator phase's losses on synthetic negatives, from the edge field to three numbers.
+
+The embeddings are constants here, the gates are not. Forward: batch statistics, then per tile gates, synthetic
+negatives, classifier log-sum-exp, cosines, and sums of gates for the diversity. Backward: per tile the gradient of the
+gates, whose sums give the gradients of the head and the batch norm's two means; then the gradient of the edges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gcng.ops.class_cross_entropy import streamed_logit_gradient, streamed_logsumexp
+from gcng.ops.gates import GateGradients, GateHead, edge_weights, packed_chunks
+from gcng.ops.messages import any_needed
+from gcng.ops.n_pair import BATCH, FIELD, HEAD, Gates, for_each_side, make_synthesis, prepare_gates
+from gcng.ops.pair_field import Dropout, FieldGradients, LayerState, PairField, with_smaller_tiles
+from gcng.ops.registration import compute_dtype, define_autocast, define_gradient, define_op
+from gcng.ops.synthesis import Side, Synthesis
+from gcng.ops.tiles import Tile, add_tile, load_tile, pair_count, pair_weights, plan_tiles, split_mirror, store_tile
+
+COSINE_FLOOR = 1e-8  # as torch.nn.functional.cosine_similarity
+CLASSES = "Tensor class_labels, Tensor dropped_class, Tensor classifier_weight, Tensor? classifier_bias"
+
+
+class Classes(NamedTuple):
+    """What the generator's losses know about the classes."""
+
+    class_labels: Tensor  # (N,) label of every node, class-major
+    dropped_class: Tensor  # (N,) class whose entry (25) counts as 0, for every anchor
+    weight: Tensor  # (C, D)
+    bias: Tensor | None  # (C,)
+
+
+class _GateSpread:
+    """Sums of the gates around the gate of an average edge, from which (26) follows (identity I5)."""
+
+    def __init__(self, gates: Gates) -> None:
+        self.center, self.n = gates.head.center, gates.field.n
+        self.row_sums = gates.field.base.new_zeros((self.n, self.center.shape[0]))
+        self.squares = torch.zeros((), dtype=torch.float64, device=self.center.device)
+
+    def add(self, tile: Tile, values: Tensor) -> None:
+        centered = values - self.center
+        rows, columns = split_mirror(centered, tile)
+        self.row_sums[tile.rows] += rows
+        self.row_sums[tile.mirrored] += columns
+        per_channel = centered.square_().sum(0)
+        total = per_channel.sum(dtype=torch.float64) + per_channel[tile.mirror :].sum(dtype=torch.float64)
+        self.squares += total
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """Row means of the gates (N, D), and the spread: the square root of (26), 0-dim float64."""
+        explained = self.row_sums.square().sum(dtype=torch.float64) / max(self.n, 1)
+        spread = ((self.squares - explained).clamp(min=0) / max(self.n, 1) ** 2).sqrt()
+        return self.row_sums / max(self.n, 1) + self.center, spread
+
+
+def _rows_of(side: Side, classes: Classes) -> Tensor:
+    """Target label of each synthetic negative of a side, (A m,)."""
+    starts = side.synthesis.boundaries[side.classes.start : side.classes.stop]
+    labels = classes.class_labels[torch.tensor(starts, device=classes.class_labels.device)]
+    return labels.expand(side.a.shape[0], -1).reshape(-1)
+
+
+def _cosines(side: Side, syn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cosine of every anchor and synthetic negative (A, m), and both norms."""
+    anchor_norm = torch.linalg.vector_norm(side.a, dim=-1).clamp(min=COSINE_FLOOR)[:, None]
+    norm = torch.linalg.vector_norm(syn, dim=-1).clamp(min=COSINE_FLOOR)
+    return torch.matmul(syn, side.a[:, :, None])[..., 0] / (anchor_norm * norm), anchor_norm, norm
+
+
+def _counted(side: Side, classes: Classes) -> Tensor:
+    """(A, m) bool: entries that (25) counts."""
+    index = torch.arange(side.classes.start, side.classes.stop, device=side.a.device)
+    return side.valid & (classes.dropped_class[side.anchors][:, None] != index)
+
+
+def _generator_synthesis(
+    z: Tensor,
+    kappa: Tensor,
+    mix: Tensor,
+    class_start: Tensor,
+    base: Tensor,
+    packed: bool,
+    chain: Sequence[Tensor],
+    identity: Tensor,
+    seed: Tensor,
+    p: float,
+    first_layer: int,
+    norm_weight: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+    class_labels: Tensor,
+    dropped_class: Tensor,
+    classifier_weight: Tensor,
+    classifier_bias: Tensor | None,
+    pairs_per_tile: int,
+    stash: bool,
+) -> tuple[Tensor, ...]:
+    n = z.shape[0]
+    field = PairField(base, packed, n, chain, Dropout(identity, seed, p, first_layer))
+    synthesis = make_synthesis("generator_synthesis", z, kappa, mix, class_start, field.dtype)
+    classes = Classes(class_labels, dropped_class, classifier_weight, classifier_bias)
+
+    def run(pairs: int) -> tuple[Tensor, ...]:
+        gates, mean, var = prepare_gates(field, norm_weight, gate_weight, gate_bias, pairs, stash)
+        spread = _GateSpread(gates)
+        lse = torch.zeros((n, synthesis.num_classes), dtype=torch.float64, device=z.device)
+        entropy, distance = (torch.zeros((), dtype=torch.float64, device=z.device) for _ in range(2))
+
+        def visit(side: Side, gate: Tensor) -> None:
+            nonlocal entropy, distance
+            syn = side.synthesize(side.pull(gate))
+            target = _rows_of(side, classes)
+            side_lse, logit = streamed_logsumexp(syn.flatten(0, 1), classifier_weight, classifier_bias, target)
+            lse[side.anchors, side.classes] = side_lse.view(syn.shape[:2])
+            losses = (side_lse - logit).view(syn.shape[:2])
+            entropy = entropy + torch.where(side.valid, losses, torch.zeros_like(losses)).sum()
+            cosine = _cosines(side, syn)[0].double()
+            distance = distance + torch.where(_counted(side, classes), 1 - cosine, torch.zeros_like(cosine)).sum()
+
+        boundaries = synthesis.boundaries if synthesis.has_negatives else None
+        for tile in plan_tiles(n, pairs, boundaries):
+            values = gates.head.gates(field.edges(tile))
+            if stash:
+                store_tile(gates.kept, n, tile, values)
+            spread.add(tile, values)
+            for side in synthesis.sides(tile) if synthesis.has_negatives else ():
+                visit(side, side.view(values))
+        row_means, deviation = spread.finish()
+        pair_total = max(synthesis.num_anchors * synthesis.num_classes, 1)
+        terms = (entropy / pair_total, distance / pair_total, 0.01 * (1 - deviation))
+        return *(x.to(field.dtype) for x in terms), mean, var, lse, row_means, deviation, gates.kept
+
+    return with_smaller_tiles(run, pairs_per_tile)
+
+
+def _generator_synthesis_fake(
+    z, kappa, mix, class_start, base, packed, chain, identity, seed, p, first_layer, norm_weight, gate_weight,
+    gate_bias, class_labels, dropped_class, classifier_weight, classifier_bias, pairs_per_tile, stash,
+):  # fmt: skip
+    n, width = z.shape
+    num_classes = torch.library.get_ctx().new_dynamic_size(min=0)
+    sizes = ((), (), (), (width,), (width,), None, (n, width), None, (n * (n + 1) // 2 if stash else 0, width))
+    out = [None if size is None else z.new_empty(size, dtype=compute_dtype(base.dtype)) for size in sizes]
+    out[5], out[7] = z.new_empty((n, num_classes), dtype=torch.float64), z.new_empty((), dtype=torch.float64)
+    return tuple(out)
+
+
+class _GateGradient:
+    """Gradient of the gates of a tile, both orders of a pair summed, times the slope of the sigmoid."""
+
+    def __init__(
+        self, gates: Gates, synthesis: Synthesis, classes: Classes, saved: Sequence[Tensor], grads: Sequence[Tensor]
+    ) -> None:
+        self.gates, self.synthesis, self.classes = gates, synthesis, classes
+        self.lse, self.row_means, deviation = saved
+        dtype, n = gates.field.dtype, gates.field.n
+        pair_total = max(synthesis.num_anchors * synthesis.num_classes, 1)
+        self.scale_entropy, self.scale_distance = (g.to(dtype) / pair_total for g in grads[:2])
+        # A spread of exactly 0 has gradient 0: the square root has none there.
+        flat = deviation == 0
+        slope = -0.01 * grads[2].double() / (max(n, 1) ** 2 * torch.where(flat, torch.ones_like(deviation), deviation))
+        self.scale_spread = torch.where(flat, torch.zeros_like(slope), slope).to(dtype)
+        self.grad_weight: Tensor | None = None
+        self.grad_bias: Tensor | None = None
+
+    def logits(self, tile: Tile, values: Tensor, *, need_classifier: bool) -> Tensor:
+        """Gradient of the gate logits of a tile (R, S, D), from its gates."""
+        out = values - self.row_means[tile.rows, None]
+        mirrored = out[:, tile.mirror :]
+        mirrored += values[:, tile.mirror :] - self.row_means[None, tile.mirrored]
+        out *= self.scale_spread
+        for side in self.synthesis.sides(tile) if self.synthesis.has_negatives else ():
+            part = side.view(out)
+            spread = side.expand_classes(self._synthetic(side, side.view(values), need_classifier))
+            part += spread.mul_(side.difference).mul_(side.slope[..., None])
+        return torch.ops.aten.sigmoid_backward(out, values)
+
+    def _synthetic(self, side: Side, gate: Tensor, need_classifier: bool) -> Tensor:
+        """Gradient of the synthetic negatives of a side, (A, m, D)."""
+        syn = side.synthesize(side.pull(gate))
+        scale = torch.where(side.valid, self.scale_entropy, torch.zeros_like(self.scale_entropy))
+        grad, grad_weight, grad_bias = streamed_logit_gradient(
+            syn.flatten(0, 1),
+            self.classes.weight,
+            self.classes.bias,
+            _rows_of(side, self.classes),
+            self.lse[side.anchors, side.classes].reshape(-1),
+            scale.expand(syn.shape[:2]).reshape(-1),
+            need_weight=need_classifier,
+        )
+        if need_classifier:
+            self._add_classifier(grad_weight, grad_bias)
+        cosine, anchor_norm, norm = _cosines(side, syn)
+        scale = torch.where(_counted(side, self.classes), self.scale_distance, torch.zeros_like(cosine))
+        toward = (scale / (anchor_norm * norm))[..., None] * side.a[:, None]
+        away = (scale * cosine / norm.square())[..., None] * syn
+        return grad.view_as(syn) - toward + away
+
+    def _add_classifier(self, grad_weight: Tensor, grad_bias: Tensor | None) -> None:
+        if self.grad_weight is None:
+            self.grad_weight, self.grad_bias = grad_weight, grad_bias
+            return
+        self.grad_weight += grad_weight
+        if grad_bias is not None:
+            self.grad_bias += grad_bias
+
+
+def _generator_synthesis_backward(
+    grads: Sequence[Tensor],
+    mean: Tensor,
+    var: Tensor,
+    lse: Tensor,
+    row_means: Tensor,
+    deviation: Tensor,
+    kept: Tensor,
+    z: Tensor,
+    kappa: Tensor,
+    mix: Tensor,
+    class_start: Tensor,
+    base: Tensor,
+    packed: bool,
+    chain: Sequence[Tensor],
+    identity: Tensor,
+    seed: Tensor,
+    p: float,
+    first_layer: int,
+    norm_weight: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+    class_labels: Tensor,
+    dropped_class: Tensor,
+    classifier_weight: Tensor,
+    classifier_bias: Tensor | None,
+    pairs_per_tile: int,
+    need_base: bool,
+    need_chain: bool,
+    need_classifier: bool,
+) -> list[Tensor]:
+    field = PairField(base, packed, z.shape[0], chain, Dropout(identity, seed, p, first_layer))
+    synthesis = make_synthesis("generator_synthesis", z, kappa, mix, class_start, field.dtype)
+    gates = Gates(field, GateHead(norm_weight, gate_weight, gate_bias, mean, var), kept)
+    classes = Classes(class_labels, dropped_class, classifier_weight, classifier_bias)
+
+    def run(pairs: int) -> list[Tensor]:
+        gradient = _GateGradient(gates, synthesis, classes, (lse, row_means, deviation), grads)
+        head_grads = GateGradients(gates.head, field.n)
+        field_grads = FieldGradients(field, need_base=need_base, need_chain=need_chain)
+        if field.packed and not field.layers:
+            out_head = _backward_materialized(gates, gradient, head_grads, field_grads, pairs, need_classifier)
+        else:
+            out_head = _backward_recomputing(gates, gradient, head_grads, field_grads, pairs, need_classifier)
+        like = (norm_weight, gate_weight, gate_bias)
+        out = [g.to(x.dtype) for g, x in zip(out_head, like, strict=True)]
+        if need_classifier:
+            out += _classifier_gradients(gradient, classes)
+        out += [field_grads.base.to(base.dtype)] if need_base else []
+        return out + ([g.to(x.dtype) for g, x in zip(field_grads.chain(), chain, strict=True)] if need_chain else [])
+
+    return with_smaller_tiles(run, pairs_per_tile)
+
+
+def _classifier_gradients(gradient: _GateGradient, classes: Classes) -> list[Tensor]:
+    weight, bias = gradient.grad_weight, gradient.grad_bias
+    out = [torch.zeros_like(classes.weight) if weight is None else weight.to(classes.weight.dtype)]
+    if classes.bias is not None:
+        out.append(torch.zeros_like(classes.bias) if bias is None else bias.to(classes.bias.dtype))
+    return out
+
+
+def _plan(gates: Gates, synthesis: Synthesis, pairs: int) -> list[Tile]:
+    return plan_tiles(gates.field.n, pairs, synthesis.boundaries if synthesis.has_negatives else None)
+
+
+def _backward_materialized(
+    gates: Gates,
+    gradient: _GateGradient,
+    head_grads: GateGradients,
+    field_grads: FieldGradients,
+    pairs: int,
+    need_classifier: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Edges are in packed storage: one packed buffer first holds the gradient of the gate logits, then of the edges."""
+    field = gates.field
+    buffer = field_grads.base if field_grads.base is not None else torch.zeros_like(field.base)
+    for tile in _plan(gates, gradient.synthesis, pairs):
+        logits = gradient.logits(tile, gates.tile(tile), need_classifier=need_classifier)
+        add_tile(buffer, field.n, tile, logits)
+    for chunk in packed_chunks(field.n, pairs):
+        head_grads.add(buffer[chunk], field.base[chunk])
+    out = head_grads.finish()
+    if field_grads.base is not None:
+        weights = pair_weights(field.n, field.base)
+        for chunk in packed_chunks(field.n, pairs):
+            buffer[chunk] = head_grads.edge_gradient(buffer[chunk], field.base[chunk], weights[chunk])
+    return out
+
+
+def _backward_recomputing(
+    gates: Gates,
+    gradient: _GateGradient,
+    head_grads: GateGradients,
+    field_grads: FieldGradients,
+    pairs: int,
+    need_classifier: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Nothing is stored: every tile is evaluated once for the sums over all pairs, and once more for its gradient."""
+    field, head = gates.field, gates.head
+    tiles = _plan(gates, gradient.synthesis, pairs)
+    for tile in tiles:
+        e = field.edges(tile)
+        logits = gradient.logits(tile, head.gates(e), need_classifier=need_classifier)
+        head_grads.add(logits.flatten(0, 1), e.flatten(0, 1))
+    out = head_grads.finish()
+    for tile in tiles if field_grads.wanted else ():
+        e, states = field.edges_with_states(tile)
+        logits = gradient.logits(tile, head.gates(e), need_classifier=False)
+        field_grads.add(tile, head_grads.edge_gradient(logits, e, edge_weights(tile, e)), states)
+    return out
+
+
+def _generator_synthesis_backward_fake(
+    grads, mean, var, lse, row_means, deviation, kept, z, kappa, mix, class_start, base, packed, chain, identity,
+    seed, p, first_layer, norm_weight, gate_weight, gate_bias, class_labels, dropped_class, classifier_weight,
+    classifier_bias, pairs_per_tile, need_base, need_chain, need_classifier,
+):  # fmt: skip
+    like = [norm_weight, gate_weight, gate_bias]
+    if need_classifier:
+        like += [classifier_weight] + ([] if classifier_bias is None else [classifier_bias])
+    like += ([base] if need_base else []) + (list(chain) if need_chain else [])
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in like]
+
+
+_ARGUMENTS = f"{BATCH}, {FIELD}, {HEAD}, {CLASSES}, int pairs_per_tile"
+generator_synthesis = define_op(
+    f"generator_synthesis({_ARGUMENTS}, bool stash) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _generator_synthesis,
+    _generator_synthesis_fake,
+)
+_backward = define_op(
+    "generator_synthesis_backward(Tensor[] grads, Tensor mean, Tensor var, Tensor lse, Tensor row_means, "
+    f"Tensor deviation, Tensor kept, {_ARGUMENTS}, bool need_base, bool need_chain, bool need_classifier) -> Tensor[]",
+    _generator_synthesis_backward,
+    _generator_synthesis_backward_fake,
+)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    (
+        z, kappa, mix, class_start, base, ctx.packed, chain, identity, seed, ctx.p, ctx.first_layer, *head,
+        class_labels, dropped, weight, bias, ctx.pairs, _stash,
+    ) = inputs  # fmt: skip
+    ctx.has_bias = bias is not None
+    optional = [bias] if ctx.has_bias else []
+    ctx.save_for_backward(
+        *output[3:], z, kappa, mix, class_start, base, identity, seed, *head, class_labels, dropped, weight,
+        *optional, *chain,
+    )  # fmt: skip
+    ctx.mark_non_differentiable(*output[3:])
+
+
+def _gradient(ctx, *upstream):
+    saved, rest = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+    z, kappa, mix, class_start, base, identity, seed, *rest = rest
+    head, (class_labels, dropped, weight), rest = rest[:3], rest[3:6], rest[6:]
+    bias, chain = (rest[0], rest[1:]) if ctx.has_bias else (None, rest)
+    needs = ctx.needs_input_grad
+    need_base, need_chain = needs[4], any_needed(needs[6])
+    need_classifier = needs[16] or needs[17]
+    grads = _backward(
+        list(upstream[:3]), *saved, z, kappa, mix, class_start, base, ctx.packed, list(chain), identity, seed, ctx.p,
+        ctx.first_layer, *head, class_labels, dropped, weight, bias, ctx.pairs, need_base, need_chain,
+        need_classifier,
+    )  # fmt: skip
+    grad_head, grads = grads[:3], list(grads[3:])
+    grad_weight = grads.pop(0) if need_classifier else None
+    grad_bias = grads.pop(0) if need_classifier and ctx.has_bias else None
+    grad_base = grads.pop(0) if need_base else None
+    grad_chain = grads if need_chain else [None] * len(chain)
+    return (
+        None, None, None, None, grad_base, None, grad_chain, None, None, None, None, *grad_head, None, None,
+        grad_weight, grad_bias, None, None,
+    )  # fmt: skip
+
+
+define_gradient("generator_synthesis", _gradient, _setup_context)
+define_autocast("generator_synthesis")

@@ -1,0 +1,265 @@
+"""Op (20): the synthetic N-pair loss of the metric phase, from the edge field to one number.
+
+The gates are constants here: the forward runs over the tiles twice (batch statistics, then gates, synthetic negatives
+and a running log-sum-exp per anchor), the backward once more. Nothing larger than a tile is kept but the packed gates,
+if the budget allows them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gcng.ops.gates import GateHead, moments
+from gcng.ops.layout import class_boundaries
+from gcng.ops.pair_field import Dropout, PairField, with_smaller_tiles
+from gcng.ops.registration import compute_dtype, define_autocast, define_gradient, define_op
+from gcng.ops.synthesis import EmbeddingGradients, Side, Synthesis, check_mix
+from gcng.ops.tiles import Tile, load_tile, pair_count, plan_tiles, store_tile
+
+FIELD = "Tensor base, bool packed, Tensor[] chain, Tensor identity, Tensor seed, float p, int first_layer"
+HEAD = "Tensor norm_weight, Tensor gate_weight, Tensor gate_bias"
+BATCH = "Tensor z, Tensor kappa, Tensor mix, Tensor class_start"
+
+
+class Gates(NamedTuple):
+    """Where the gates of a tile come from: the field and its head, or the packed stash."""
+
+    field: PairField
+    head: GateHead
+    kept: Tensor  # (P, D), or (0, D)
+
+    def tile(self, tile: Tile) -> Tensor:
+        """Gates (R, S, D), evaluated from the edges or read from the stash."""
+        if self.kept.shape[0]:
+            return load_tile(self.kept, self.field.n, tile)
+        return self.head.gates(self.field.edges(tile))
+
+
+def make_synthesis(op: str, z: Tensor, kappa: Tensor, mix: Tensor, class_start: Tensor, dtype: torch.dtype) -> Synthesis:
+    """The geometry of a class-major batch, with the mixing numbers checked against its largest class."""
+    boundaries = class_boundaries(class_start)
+    check_mix(op, mix, max((b - a for a, b in zip(boundaries, boundaries[1:], strict=False)), default=0))
+    return Synthesis(z.to(dtype), boundaries, kappa, mix)
+
+
+def prepare_gates(
+    field: PairField, norm_weight: Tensor, gate_weight: Tensor, gate_bias: Tensor, pairs: int, stash: bool
+) -> tuple[Gates, Tensor, Tensor]:
+    """First pass of both phases: statistics of the field, and room for its gates."""
+    mean, var = moments(field, pairs)
+    head = GateHead(norm_weight, gate_weight, gate_bias, mean, var)
+    kept = field.base.new_empty((pair_count(field.n) if stash else 0, field.base.shape[-1]))
+    return Gates(field, head, kept), mean, var
+
+
+def for_each_side(
+    gates: Gates, synthesis: Synthesis, pairs: int, visit: Callable[[Side, Tensor], None], *, fill: bool = False
+) -> None:
+    """Visit both anchor sides of every tile with its gates; ``fill`` evaluates and stashes them on the way."""
+    for tile in plan_tiles(gates.field.n, pairs, synthesis.boundaries):
+        if fill:
+            values = gates.head.gates(gates.field.edges(tile))
+            if gates.kept.shape[0]:
+                store_tile(gates.kept, gates.field.n, tile, values)
+        else:
+            values = gates.tile(tile)
+        for side in synthesis.sides(tile):
+            visit(side, side.view(values))
+
+
+class _RunningSoftmax:
+    """Log-sum-exp of each anchor's logits over the tiles, and the sum of squares of its candidates."""
+
+    def __init__(self, synthesis: Synthesis) -> None:
+        n = synthesis.z.shape[0]
+        self.maximum = synthesis.z.new_full((n,), -math.inf)
+        self.total = synthesis.z.new_zeros((n,))
+        self.squares = torch.zeros((), dtype=torch.float64, device=synthesis.z.device)
+
+    def visit(self, side: Side, gate: Tensor) -> None:
+        syn = side.synthesize(side.pull(gate))
+        kept = side.valid & ~side.own
+        squares = torch.where(kept, syn.square().sum(-1), syn.new_zeros(()))
+        self.squares += squares.sum(dtype=torch.float64)
+        logits = torch.matmul(syn, side.a[:, :, None])[..., 0]
+        self.add(side.anchors, torch.where(kept, logits, syn.new_full((), -math.inf)))
+
+    def add(self, anchors: slice, logits: Tensor) -> None:
+        before = self.maximum[anchors]
+        raised = torch.maximum(before, logits.amax(-1))
+        # A floor for rows that have seen nothing yet: exp(-inf - 0) is 0, exp(-inf + inf) is not.
+        shift = torch.where(raised == -math.inf, torch.zeros_like(raised), raised)
+        self.total[anchors] = self.total[anchors] * (before - shift).exp() + (logits - shift[:, None]).exp().sum(-1)
+        self.maximum[anchors] = raised
+
+    def lse(self) -> Tensor:
+        return self.maximum + self.total.log()
+
+
+def _n_pair_synthesis(
+    z: Tensor,
+    kappa: Tensor,
+    mix: Tensor,
+    class_start: Tensor,
+    base: Tensor,
+    packed: bool,
+    chain: Sequence[Tensor],
+    identity: Tensor,
+    seed: Tensor,
+    p: float,
+    first_layer: int,
+    norm_weight: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+    l2_reg: float,
+    pairs_per_tile: int,
+    stash: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    field = PairField(base, packed, z.shape[0], chain, Dropout(identity, seed, p, first_layer))
+    synthesis = make_synthesis("n_pair_synthesis", z, kappa, mix, class_start, field.dtype)
+
+    def run(pairs: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        if not synthesis.has_negatives:
+            width = z.shape[-1]
+            nothing = field.base.new_zeros((pair_count(field.n) if stash else 0, width))
+            empty = [field.base.new_zeros(size) for size in (width, width, z.shape[0])]
+            return field.base.new_zeros(()), *empty, nothing
+        gates, mean, var = prepare_gates(field, norm_weight, gate_weight, gate_bias, pairs, stash)
+        softmax = _RunningSoftmax(synthesis)
+        for_each_side(gates, synthesis, pairs, softmax.visit, fill=True)
+        wide, anchors = synthesis.z, synthesis.is_anchor
+        positive_logit = (wide * wide[synthesis.positive]).sum(-1)
+        softmax.add(slice(None), torch.where(anchors, positive_logit, torch.zeros_like(positive_logit))[:, None])
+        lse = softmax.lse()
+        count, pair_total = synthesis.num_anchors, synthesis.num_anchors * synthesis.num_classes
+        own = torch.where(anchors, lse - positive_logit, torch.zeros_like(lse)).sum() / count
+        norms = torch.where(anchors, wide.square().sum(-1), torch.zeros_like(lse)).sum()
+        positives = torch.where(anchors, wide[synthesis.positive].square().sum(-1), torch.zeros_like(lse)).sum()
+        squares = norms / count + (softmax.squares + positives) / pair_total
+        return (own + 0.25 * l2_reg * squares).to(field.dtype), mean, var, lse, gates.kept
+
+    return with_smaller_tiles(run, pairs_per_tile)
+
+
+def _n_pair_synthesis_fake(
+    z, kappa, mix, class_start, base, packed, chain, identity, seed, p, first_layer, norm_weight, gate_weight,
+    gate_bias, l2_reg, pairs_per_tile, stash,
+):  # fmt: skip
+    n, width = z.shape
+    sizes = ((), (width,), (width,), (n,), (n * (n + 1) // 2 if stash else 0, width))
+    return tuple(z.new_empty(size, dtype=compute_dtype(base.dtype)) for size in sizes)
+
+
+def _n_pair_synthesis_backward(
+    grad: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    lse: Tensor,
+    kept: Tensor,
+    z: Tensor,
+    kappa: Tensor,
+    mix: Tensor,
+    class_start: Tensor,
+    base: Tensor,
+    packed: bool,
+    chain: Sequence[Tensor],
+    identity: Tensor,
+    seed: Tensor,
+    p: float,
+    first_layer: int,
+    norm_weight: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+    l2_reg: float,
+    pairs_per_tile: int,
+) -> Tensor:
+    field = PairField(base, packed, z.shape[0], chain, Dropout(identity, seed, p, first_layer))
+    synthesis = make_synthesis("n_pair_synthesis", z, kappa, mix, class_start, field.dtype)
+    if not synthesis.has_negatives:
+        return torch.zeros_like(z, memory_format=torch.contiguous_format)
+    gates = Gates(field, GateHead(norm_weight, gate_weight, gate_bias, mean, var), kept)
+    upstream = grad.to(field.dtype)
+    count, pair_total = synthesis.num_anchors, synthesis.num_anchors * synthesis.num_classes
+    decay = 0.5 * l2_reg * upstream
+
+    def run(pairs: int) -> Tensor:
+        grads = EmbeddingGradients(synthesis)
+
+        def visit(side: Side, gate: Tensor) -> None:
+            syn = side.synthesize(side.pull(gate))
+            kept_rows = side.valid & ~side.own
+            logits = torch.matmul(syn, side.a[:, :, None])[..., 0]
+            probability = (logits - lse[side.anchors][:, None]).exp() * (upstream / count)
+            probability = torch.where(kept_rows, probability, torch.zeros_like(probability))
+            penalty = torch.where(kept_rows, decay / pair_total, torch.zeros_like(probability))
+            grads.z[side.anchors] += torch.bmm(probability[:, None, :], syn)[:, 0]
+            grad_syn = syn.mul_(penalty[..., None]).addcmul_(probability[..., None], side.a[:, None])
+            side.backward(grad_syn, gate, grads)
+
+        for_each_side(gates, synthesis, pairs, visit)
+        _add_positive_column(grads, lse, upstream / count, decay / count, decay / pair_total)
+        return grads.finish().to(z.dtype)
+
+    return with_smaller_tiles(run, pairs_per_tile)
+
+
+def _add_positive_column(
+    grads: EmbeddingGradients, lse: Tensor, scale: Tensor, anchor_decay: Tensor, positive_decay: Tensor
+) -> None:
+    """The own column of (20) holds the positive: its softmax gradient and the two penalties."""
+    synthesis = grads.synthesis
+    z, positive = synthesis.z, synthesis.positive
+    logit = (z * z[positive]).sum(-1)
+    # softmax minus one of a confident row: expm1 keeps the digits that a difference of two numbers near 1 would lose.
+    slope = torch.where(synthesis.is_anchor, torch.expm1(logit - lse) * scale, torch.zeros_like(logit))[:, None]
+    valid = synthesis.is_anchor[:, None].to(z.dtype)
+    grads.z += slope * z[positive] + valid * anchor_decay * z
+    grads.z.index_add_(0, positive, slope * z + valid * positive_decay * z[positive])
+
+
+def _n_pair_synthesis_backward_fake(grad, mean, var, lse, kept, z, *arguments):
+    return torch.empty_like(z, memory_format=torch.contiguous_format)
+
+
+n_pair_synthesis = define_op(
+    f"n_pair_synthesis({BATCH}, {FIELD}, {HEAD}, float l2_reg, int pairs_per_tile, bool stash) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _n_pair_synthesis,
+    _n_pair_synthesis_fake,
+)
+_backward = define_op(
+    f"n_pair_synthesis_backward(Tensor grad, Tensor mean, Tensor var, Tensor lse, Tensor kept, {BATCH}, {FIELD}, "
+    f"{HEAD}, float l2_reg, int pairs_per_tile) -> Tensor",
+    _n_pair_synthesis_backward,
+    _n_pair_synthesis_backward_fake,
+)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    (
+        z, kappa, mix, class_start, base, ctx.packed, chain, identity, seed, ctx.p, ctx.first_layer, *head,
+        ctx.l2_reg, ctx.pairs, _stash,
+    ) = inputs  # fmt: skip
+    ctx.save_for_backward(*output[1:], z, kappa, mix, class_start, base, identity, seed, *head, *chain)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _gradient(ctx, grad: Tensor, *_unused):
+    mean, var, lse, kept, z, kappa, mix, class_start, base, identity, seed, *rest = ctx.saved_tensors
+    head, chain = rest[:3], rest[3:]
+    grad_z = None
+    if ctx.needs_input_grad[0]:
+        grad_z = _backward(
+            grad, mean, var, lse, kept, z, kappa, mix, class_start, base, ctx.packed, chain, identity, seed, ctx.p,
+            ctx.first_layer, *head, ctx.l2_reg, ctx.pairs,
+        )  # fmt: skip
+    return grad_z, None, None, None, None, None, [None] * len(chain), *([None] * 10)
+
+
+define_gradient("n_pair_synthesis", _gradient, _setup_context)
+define_autocast("n_pair_synthesis")
