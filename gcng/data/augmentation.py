@@ -13,9 +13,9 @@ class GlyphAugmentation:
     """Random affine map, blur and noise for a batch of gray images.
 
     Per image: a rotation, shear, two scales and a shift, all uniform; a 3 x 3 binomial blur mixed in with a
-        uniform
-    weight; Gaussian noise of a uniform level. All random numbers are drawn on the CPU, and the number of
-    draws depends on the batch's shape only, so a seed gives the same batch on every device up to rounding.
+    uniform weight; Gaussian noise of a uniform level. All random numbers are drawn on the CPU, and their
+    number depends on the batch's shape only, so a seed gives the same batch on every device up to rounding.
+    The default strengths were chosen on 200 of the train classes of the matplotlib letters.
 
     Args:
         degrees: largest rotation, in degrees.
@@ -34,10 +34,10 @@ class GlyphAugmentation:
     def __init__(
         self,
         *,
-        degrees: float = 10.0,
-        shear: float = 0.15,
-        scale: float = 0.12,
-        shift: float = 0.06,
+        degrees: float = 15.0,
+        shear: float = 0.25,
+        scale: float = 0.2,
+        shift: float = 0.08,
         blur: float = 0.7,
         noise: float = 0.1,
     ) -> None:

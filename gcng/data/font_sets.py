@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fo
 
 @dataclass(frozen=True)
 class PackagedFace:
-    """One face of a set: its name there, its file, and the Debian package that holds the file."""
+    """One face of a set: its name there, a pattern of its file name, and the Debian package that has it."""
 
     name: str
     file: str
@@ -35,7 +36,7 @@ KANJI_FACES = (
     PackagedFace("AoyagiSosekiFont2", "aoyagi-soseki.ttf", "fonts-aoyagi-soseki"),
     PackagedFace("KouzanBrushFont", "kouzan-mouhitsu.ttf", "fonts-kouzan-mouhitsu"),
     PackagedFace("KouzanBrushFontGyousyo", "kouzan-mouhitsu-gyosho.ttf", "fonts-kouzan-mouhitsu"),
-    PackagedFace("KanjiStrokeOrders", "KanjiStrokeOrders.ttf", "fonts-kanjistrokeorders"),
+    PackagedFace("KanjiStrokeOrders", "KanjiStrokeOrders*.ttf", "fonts-kanjistrokeorders"),
     PackagedFace("kiloji", "kiloji.ttf", "fonts-kiloji"),
     PackagedFace("MisakiGothic", "misaki_gothic.ttf", "fonts-misaki"),
     PackagedFace("Reggae One Regular", "ReggaeOne-Regular.ttf", "fonts-reggae"),
@@ -45,9 +46,9 @@ KANJI_FACES = (
 )
 HANGUL_FACES = (
     PackagedFace("NanumGothicBold", "NanumGothicBold.ttf", "fonts-nanum"),
-    PackagedFace("NanumBarunpen Bold", "NanumBarunpenB.ttf", "fonts-nanum"),
-    PackagedFace("Nanum Pen Script", "NanumPen.ttf", "fonts-nanum"),
-    PackagedFace("Nanum Brush Script", "NanumBrush.ttf", "fonts-nanum"),
+    PackagedFace("NanumBarunpen Bold", "NanumBarunpenB.ttf", "fonts-nanum-extra"),
+    PackagedFace("Nanum Pen Script", "NanumPen.ttf", "fonts-nanum-extra"),
+    PackagedFace("Nanum Brush Script", "NanumBrush.ttf", "fonts-nanum-extra"),
     PackagedFace("Un Batang", "UnBatang.ttf", "fonts-unfonts-core"),
     PackagedFace("Un Dotum Bold", "UnDotumBold.ttf", "fonts-unfonts-core"),
     PackagedFace("Un Pilgi", "UnPilgi.ttf", "fonts-unfonts-core"),
@@ -119,30 +120,33 @@ def _render(
 def find_faces(
     faces: Sequence[PackagedFace], folders: Sequence[str | Path] | None, owner: str
 ) -> list[FontFace]:
-    """Font files by name, in ``folders`` and below, upper and lower case alike."""
-    wanted = {face.file.lower() for face in faces}
-    found: dict[str, Path] = {}
+    """Font files by name in ``folders`` and below, in any case; the last in sorted order wins."""
     searched = [Path(folder).expanduser() for folder in (FONT_FOLDERS if folders is None else folders)]
-    for root in searched:
-        for folder, _, files in os.walk(root, followlinks=True):
-            for file in files:
-                if file.lower() in wanted:
-                    found.setdefault(file.lower(), Path(folder, file))
-    missing = [face for face in faces if face.file.lower() not in found]
+    files = sorted(
+        Path(folder, name)
+        for root in searched
+        for folder, _, names in os.walk(root, followlinks=True)
+        for name in names
+    )
+    found: dict[str, Path] = {}
+    for face in faces:
+        for path in files:
+            if fnmatchcase(path.name.lower(), face.file.lower()):
+                found[face.name] = path
+    missing = [face for face in faces if face.name not in found]
     if missing:
         packages = " ".join(sorted({face.package for face in missing}))
         raise FileNotFoundError(
             f"{owner}: {len(missing)} of {len(faces)} font files are not in {', '.join(map(str, searched))}: "
             f"{', '.join(face.file for face in missing)}; on Debian and Ubuntu: apt-get install {packages}"
         )
-    return [FontFace(face.name, found[face.file.lower()]) for face in faces]
+    return [FontFace(face.name, found[face.name]) for face in faces]
 
 
 def save_glyphs(grid: GlyphGrid, path: str | Path) -> None:
     """Write a glyph grid in the packed layout that `load_glyphs` reads: q, chars, fonts; 4 bits per pixel.
 
-    Atomic: an error or a kill leaves the old file. Size: characters * faces * S**2 / 2 bytes before
-        compression.
+    Atomic: an error or a kill leaves the old file. characters * faces * S**2 / 2 bytes, then compressed.
     """
     if grid.images.shape[-1] % 2:
         raise ValueError(

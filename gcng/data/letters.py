@@ -39,8 +39,7 @@ def matplotlib_letters(
 ) -> GlyphDataset:
     """Letters and digits of many scripts in the 12 DejaVu faces of the matplotlib wheel: nothing to download.
 
-    1,199 classes of 12 images, 32 x 32: the letters and digits that all 12 faces (Sans, Sans Mono and Serif
-        in
+    1,199 classes of 12 images, 32 x 32: the letters and digits that all 12 faces (Sans, Mono and Serif in
     regular, bold, slanted and bold slanted) draw, look-alikes across scripts merged. Rendered at first
     use, which takes a few seconds, then read from a cache. These are rendered type, not photographs.
 

@@ -23,8 +23,7 @@ class ResumableLoader:
     more workers, and after a resume; the states of the calling process are left as they were.
 
     The loader counts what was consumed, while workers draw ahead: ``state_dict()`` is right at any time. An
-        epoch
-    that ran to its end is followed by the next; one that was broken off starts again unless a state is
+    epoch that ran to its end is followed by the next; one broken off starts again unless a state is
     loaded. Use the loader's ``set_epoch`` and state, not the sampler's.
 
     Args:

@@ -48,10 +48,11 @@ def render_glyphs(faces: Sequence[FontFace], characters: Sequence[int], *, size:
     """Render every character in every face, centered in a box of ``size`` x ``size`` pixels.
 
     Each face gets one font size: the largest at which the 95th percentile of max(width, height), over every
-        third
-    character, fills at most 0.92 of the box. A glyph that overflows the box is drawn smaller. Drawn at
-    twice the size with Pillow's basic layout and reduced. A glyph that the font does not draw (no ink, or an
-    error of the font, such as broken hinting or a bitmap-only size) is left black: character maps lie.
+    third character, fills at most 0.92 of the box. A glyph that overflows the box is drawn smaller. Width and
+    height are those of Pillow's text box, which holds the ink, the baseline and the advance; this box is
+    centered. Drawn at twice the size with Pillow's basic layout and reduced. A glyph that the font does not
+    draw (no ink, or an error of the font, such as broken hinting or a bitmap-only size) is left black:
+    character maps lie.
 
     Args:
         faces: font files.
