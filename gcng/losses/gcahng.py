@@ -130,7 +130,8 @@ class GCAHNGLoss(nn.Module):
         plain = n_pair(z, layout, l2_reg=self.l2_reg)
         kappa = self.schedule.hardness(self.alpha).to(embeddings.device)
         unweighted = output.edges.n_pair(z, self.graph.gate_parameters(), kappa, mix, self.l2_reg)
-        share = 1 - self.schedule.generator_share(self.beta).to(unweighted)
+        # 1 - gamma in float64: in the first epoch gamma is 1 but for the fifth digit.
+        share = (1 - self.schedule.generator_share(self.beta)).to(unweighted)
         synthetic = share * unweighted
         normalized = self.graph.normalize_nodes(output.nodes)
         head = self.graph.node_classifier
