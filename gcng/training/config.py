@@ -27,6 +27,12 @@ def bounded(
     return field(default=default, metadata=metadata)
 
 
+DATA_KINDS = (
+    *("matplotlib_letters", "glyphs", "omniglot"),
+    *("class_folders", "manifest", "cub200", "cars196", "sop", "inshop"),
+)
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """Where and how the run takes place."""
@@ -47,7 +53,7 @@ class RunConfig:
 class DataConfig:
     """Data sets, batches of M classes x K samples, augmentation."""
 
-    kind: str = bounded("matplotlib_letters", "kind of data set; `gcng train --help` lists them")
+    kind: str = bounded("matplotlib_letters", "kind of data set", choices=DATA_KINDS)
     root: str = bounded("", "folder or file of the data set; letters need none")
     num_classes_per_batch: int = bounded(40, "M: classes in a batch", at_least=1)
     samples_per_class: int = bounded(2, "K: samples of each class in a batch", at_least=1)
@@ -81,9 +87,9 @@ class LossConfig:
 
     num_layers: int = bounded(1, "L: propagation layers", at_least=1)
     num_heads: int = bounded(2, "H: attention heads; divides the embedding size", at_least=1)
-    alpha: float = bounded(5.0, "how fast hardness grows as the N-pair loss falls (16)", above=0)
+    alpha: float = bounded(5.0, "how fast hardness grows as the N-pair loss falls (16)", at_least=0)
     beta: float = bounded(
-        20.0, "how fast the synthetic term fades in as the generator loss falls (21)", above=0
+        20.0, "how fast the synthetic term fades in as the generator loss falls (21)", at_least=0
     )
     softmax_factor: float = bounded(
         20.0, "weight of the class cross-entropy of synthetic negatives (24)", at_least=0

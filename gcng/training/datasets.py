@@ -9,14 +9,35 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from gcng.data import (
+    CUB200,
+    Cars196,
+    ClassBalancedBatchSampler,
+    ClassFolder,
+    GlyphAugmentation,
+    InShop,
+    Manifest,
+    ResumableLoader,
+    StanfordOnlineProducts,
+    check_disjoint_classes,
+    dataset_labels,
+    evaluation_transform,
+    load_glyphs,
+    matplotlib_letters,
+    omniglot,
+    seeded_randomness,
+    training_transform,
+)
+from gcng.losses import GCAHNGLoss
 from gcng.models import build_extractor, find_head
-from gcng.training.config import Config, DataConfig, ModelConfig
+from gcng.training.config import DATA_KINDS, Config, DataConfig, ModelConfig
 from gcng.training.errors import ConfigError
 
 
@@ -25,21 +46,21 @@ class RunData:
     """The data of a run.
 
     Attributes:
-        train: Map-style data set of ``(input, label)`` with labels 0 ... C-1.
+        train: Map-style data set of ``(input, label)`` with labels 0 ... C-1, augmented.
+        train_plain: The same samples as they are embedded, without augmentation.
         num_classes: C, the training classes.
         test: Data set of unseen classes, or None where nothing is evaluated.
         gallery: Where given, ``test`` holds the queries and the answers come from here.
     """
 
     train: Any
+    train_plain: Any
     num_classes: int
     test: Any = None
     gallery: Any = None
 
     def in_channels(self) -> int:
         """Channels of the inputs: the first extent of a sample."""
-        from gcng.data import seeded_randomness
-
         with seeded_randomness(0):  # the sample's augmentation must not move the run's random state
             return int(self.train[0][0].shape[0])
 
@@ -73,44 +94,68 @@ def build_data(config: DataConfig) -> RunData:
     Raises:
         ConfigError: Unknown kind, missing files or packages, or test classes that are trained on.
     """
-    if config.kind not in _KINDS:
-        raise ConfigError(f"data.kind must be one of {', '.join(_KINDS)}, got {config.kind!r}")
+    if config.kind not in DATA_KINDS:
+        raise ConfigError(f"data.kind must be one of {', '.join(DATA_KINDS)}, got {config.kind!r}")
     if config.kind != "matplotlib_letters" and not config.root:
         raise ConfigError(
             f"data.root must be given for data.kind {config.kind}: the folder or file of the data set"
         )
     try:
-        return _KINDS[config.kind](config)
+        if config.kind in _GLYPHS:
+            return _glyph_run(config, _GLYPHS[config.kind])
+        return _image_run(config, _IMAGES[config.kind])
+    except ConfigError:
+        raise
     except (ValueError, OSError, ModuleNotFoundError) as error:
         raise ConfigError(f"data.kind {config.kind}, data.root {config.root!r}: {error}") from error
 
 
-def _letters(config: DataConfig) -> RunData:
-    from gcng.data import matplotlib_letters
-
-    return _glyph_run(config, matplotlib_letters("train"), matplotlib_letters("test"))
-
-
-def _glyphs(config: DataConfig) -> RunData:
-    from gcng.data import load_glyphs
-
-    return _glyph_run(config, load_glyphs(config.root, "train"), load_glyphs(config.root, "test"))
-
-
-def _glyph_run(config: DataConfig, train: Any, test: Any) -> RunData:
-    from gcng.data import GlyphAugmentation
-
+def _glyph_run(config: DataConfig, read: Callable[[str, str], Any]) -> RunData:
+    train, test = read(config.root, "train"), read(config.root, "test")
     side = train.images.shape[-1]
     if config.image_size not in (0, side):
         raise ConfigError(
             f"data.image_size must be 0 or {side} for data.kind {config.kind}, got {config.image_size}"
         )
-    return RunData(AugmentedBatches(train, GlyphAugmentation()), len(train.classes), test)
+    check_disjoint_classes(train, test)
+    return RunData(AugmentedBatches(train, GlyphAugmentation()), train, len(train.classes), test)
 
 
-_KINDS: dict[str, Callable[[DataConfig], RunData]] = {
+def _image_run(config: DataConfig, read: Callable[..., Any]) -> RunData:
+    size = config.image_size or PHOTO_SIZE
+    plain = evaluation_transform(size, resize=round(size * 256 / 224))
+    train = read(config.root, "train", transform=training_transform(size, scale=config.crop_scale))
+    gallery = None
+    if config.kind == "inshop":
+        test, gallery = (read(config.root, part, transform=plain) for part in ("query", "gallery"))
+    else:
+        test = read(config.root, "test", transform=plain)
+    check_disjoint_classes(train, test)
+    train_plain = read(config.root, "train", transform=plain)
+    return RunData(train, train_plain, len(train.classes), test, gallery)
+
+
+def _letters(_: str, split: str) -> Any:
+    return matplotlib_letters(split)
+
+
+def _class_folders(root: str, split: str, *, transform: Any) -> Any:
+    return ClassFolder(Path(root) / split, transform=transform)
+
+
+PHOTO_SIZE = 224
+_GLYPHS: dict[str, Callable[[str, str], Any]] = {
     "matplotlib_letters": _letters,
-    "glyphs": _glyphs,
+    "glyphs": load_glyphs,
+    "omniglot": omniglot,
+}
+_IMAGES: dict[str, Callable[..., Any]] = {
+    "class_folders": _class_folders,
+    "manifest": Manifest,
+    "cub200": CUB200,
+    "cars196": Cars196,
+    "sop": StanfordOnlineProducts,
+    "inshop": InShop,
 }
 
 
@@ -159,8 +204,6 @@ def make_extractor(config: ModelConfig, *, in_channels: int, pretrained: bool | 
 
 def make_criterion(config: Config, num_classes: int) -> nn.Module:
     """:class:`gcng.losses.GCAHNGLoss` with the settings of ``config``."""
-    from gcng.losses import GCAHNGLoss
-
     settings = dataclasses.asdict(config.loss)
     settings["memory_budget"] = settings["memory_budget"] or None
     return GCAHNGLoss(config.model.embedding_size, num_classes, **settings)
@@ -168,8 +211,6 @@ def make_criterion(config: Config, num_classes: int) -> nn.Module:
 
 def make_loader(config: Config, data: RunData) -> Any:
     """A loader of class-balanced batches, the same for any number of workers and after a resume."""
-    from gcng.data import ClassBalancedBatchSampler, ResumableLoader, dataset_labels
-
     settings = config.data
     try:
         sampler = ClassBalancedBatchSampler(

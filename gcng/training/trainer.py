@@ -283,9 +283,9 @@ class Trainer:
         limit = 1 if self.config.run.nonfinite_policy == "stop" else self.config.run.nonfinite_limit
         if self._skipped_in_a_row >= limit:
             raise DivergedError(
-                f"{self._skipped_in_a_row} steps in a row had a {terms.skipped} that is not finite "
-                f"(step {self.step}, epoch {self.epoch}); parameters are those from before them. Lower the learning "
-                "rates, or look at the batches that the log names"
+                f"{self._skipped_in_a_row} steps in a row had a {terms.skipped} that is not finite (step "
+                f"{self.step}, epoch {self.epoch}); parameters are those from before them. Lower the "
+                "learning rates, or look at the batches that the log names"
             )
 
     def _end_epoch(self, report: RunReport, stop: StopOnSignal) -> None:
