@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import machine, measure, memory, plan, tables
+from benchmarks import machine, measure, memory, plan, preparation, tables
 from benchmarks.gate import assert_providers_close, float64_truth
 from benchmarks.iteration import make_batch, make_provider, make_weights, official_name, run_iteration
 from benchmarks.settings import (
@@ -226,7 +226,16 @@ def test_the_shipped_tables_are_what_the_results_say():
 
 def test_smoke_run_measures_every_provider(tmp_path):
     output = tmp_path / "smoke.json"
-    command = [sys.executable, "-m", "benchmarks.measure", "--smoke", "--output", str(output)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.measure",
+        "--smoke",
+        "--threads",
+        "1",
+        "--output",
+        str(output),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     results = json.loads(output.read_text())
@@ -238,3 +247,19 @@ def test_smoke_run_measures_every_provider(tmp_path):
     assert row["gemm"]["flops"] > 0
     assert results["protocol"]["dropout"] == 0 and results["machine"]["cores"] >= 1
     assert tables.summary(results) and tables.details(results)
+
+
+def test_a_setting_that_fails_the_gate_is_never_timed(monkeypatch):
+    calls = []
+
+    def refuse(outcomes, truth):
+        calls.append(sorted(outcomes))
+        raise ClosenessError("published loss n_pair: not close")
+
+    monkeypatch.setattr(preparation, "assert_providers_close", refuse)
+    prepared = preparation.Preparation()
+    (first, _, second, _) = plan.cases_of(SMALL, ["published"], "published", repeats=2)
+    for case in (first, second):
+        with pytest.raises(AssertionError, match="n_pair: not close"):
+            prepared.ready(case)
+    assert calls == [["published"]]
