@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gcng.batch_layout import BatchLayout
 from gcng.losses.n_pair import n_pair
 from gcng.losses.official import load_official_state_dict
 from gcng.losses.schedule import LossAverages
 from gcng.nn.graph import CorrelationGraph, check_batch
 from gcng.ops.class_cross_entropy import linear_cross_entropy
-from gcng.ops.layout import ClassMajor
+from gcng.ops.layout import ClassMajor, host_labels
 from gcng.ops.validation import check_same_dtype
 
 CLASSIFIER_FACTOR = 10.0  # (23)
@@ -115,6 +116,7 @@ class GCAHNGLoss(nn.Module):
         *,
         mix: Tensor | None = None,
         generator: torch.Generator | None = None,
+        layout: BatchLayout | None = None,
     ) -> MetricTerms:
         """(19)-(22). Differentiates the embeddings everywhere, through the graph too; gates, kappa and gamma are constants.
 
@@ -122,12 +124,13 @@ class GCAHNGLoss(nn.Module):
             mix: (K, K - 1) numbers of (18), K the largest number of samples of a class; None draws
                 ``torch.rand(K, K - 1, generator=generator)`` on the CPU.
             generator: of torch, on the CPU; draws mix and the dropout seed.
+            layout: the batch's classes, known on the host: spares waiting for labels on a GPU.
         """
-        layout = self._check("metric_terms", embeddings, labels)
-        mix = self._mix("metric_terms", layout, mix, generator, embeddings)
-        output = self.graph.run(embeddings, layout, self.graph.draw_dropout(generator))
-        z = embeddings.index_select(0, layout.order)
-        plain = n_pair(z, layout, l2_reg=self.l2_reg)
+        batch = self._check("metric_terms", embeddings, labels, layout)
+        mix = self._mix("metric_terms", batch, mix, generator, embeddings)
+        output = self.graph.run(embeddings, batch, self.graph.draw_dropout(generator))
+        z = embeddings.index_select(0, batch.order)
+        plain = n_pair(z, batch, l2_reg=self.l2_reg)
         kappa = self.schedule.hardness(self.alpha).to(embeddings.device)
         unweighted = output.edges.n_pair(z, self.graph.gate_parameters(), kappa, mix, self.l2_reg)
         # 1 - gamma in float64: in the first epoch gamma is 1 but for the fifth digit.
@@ -151,13 +154,14 @@ class GCAHNGLoss(nn.Module):
         *,
         mix: Tensor | None = None,
         generator: torch.Generator | None = None,
+        layout: BatchLayout | None = None,
     ) -> GeneratorTerms:
         """(24)-(27); the embeddings are detached. Arguments as for :meth:`metric_terms`.
 
         The classifier gets a gradient here too, which the published training throws away: only
         :meth:`classifier_loss` trains it in ``criterion(...)`` and in ``train_step``.
         """
-        return self._generator_terms(embeddings, labels, mix, generator, train_classifier=True)
+        return self._generator_terms(embeddings, labels, mix, generator, layout, train_classifier=True)
 
     def _generator_terms(
         self,
@@ -165,20 +169,21 @@ class GCAHNGLoss(nn.Module):
         labels: Tensor,
         mix: Tensor | None,
         generator: torch.Generator | None,
+        layout: BatchLayout | None,
         *,
         train_classifier: bool,
     ) -> GeneratorTerms:
-        layout = self._check("generator_terms", embeddings, labels)
-        mix = self._mix("generator_terms", layout, mix, generator, embeddings)
+        batch = self._check("generator_terms", embeddings, labels, layout)
+        mix = self._mix("generator_terms", batch, mix, generator, embeddings)
         constants = embeddings.detach()
-        output = self.graph.run(constants, layout, self.graph.draw_dropout(generator))
-        z = constants.index_select(0, layout.order)
+        output = self.graph.run(constants, batch, self.graph.draw_dropout(generator))
+        z = constants.index_select(0, batch.order)
         weight, bias = self.classifier.weight, self.classifier.bias
         if not train_classifier:
             weight, bias = weight.detach(), bias.detach()
         kappa = self.schedule.hardness(self.alpha).to(embeddings.device)
         class_ce, similarity, diversity = output.edges.generator(
-            z, self.graph.gate_parameters(), kappa, mix, self._dropped_class(layout), weight, bias
+            z, self.graph.gate_parameters(), kappa, mix, self._dropped_class(batch), weight, bias
         )
         class_ce = self.softmax_factor * class_ce
         total = 0.5 * (class_ce + self.similarity_weight * similarity + self.diversity_weight * diversity)
@@ -191,7 +196,7 @@ class GCAHNGLoss(nn.Module):
         """
         metric = self.metric_terms(embeddings, labels)
         classifier = self.classifier_loss(embeddings, labels)
-        generator = self._generator_terms(embeddings, labels, None, None, train_classifier=False)
+        generator = self._generator_terms(embeddings, labels, None, None, None, train_classifier=False)
         if self.training:
             self.schedule.observe(metric.n_pair, generator.total)
         terms: dict[str, Tensor] = {f"metric_{k}" if k == "total" else k: v for k, v in metric._asdict().items()}
@@ -218,7 +223,9 @@ class GCAHNGLoss(nn.Module):
         """
         return load_official_state_dict(self, self.graph.num_layers, state_dict)
 
-    def _check(self, op: str, embeddings: Tensor, labels: Tensor) -> ClassMajor:
+    def _check(
+        self, op: str, embeddings: Tensor, labels: Tensor, layout: BatchLayout | None = None
+    ) -> ClassMajor:
         check_batch(op, embeddings, labels, self.graph.embedding_size)
         check_same_dtype(op, embeddings=embeddings, weight=self.classifier.weight)
         if labels.device.type == "cpu" and labels.numel():
@@ -229,24 +236,25 @@ class GCAHNGLoss(nn.Module):
                     f"{op}: labels[{index}] is {int(labels[index])}; expected a class index in [0, num_classes) = "
                     f"[0, {self.graph.num_classes})"
                 )
-        layout = self.graph.layout_of(embeddings, labels)
-        if self.singletons == "error" and not bool(layout.is_anchor.all()):
-            label = int(layout.labels[~layout.is_anchor][0])
+        batch = self.graph.layout_of(embeddings, host_labels(op, labels, layout))
+        if self.singletons == "error" and not bool(batch.is_anchor.all()):
+            label = int(batch.labels[~batch.is_anchor][0])
             raise ValueError(
                 f'{op}: class {label} has one sample in the batch and singletons="error"; give every class at least '
                 f'two samples (gcng.data.ClassBalancedBatchSampler does), or use singletons="skip"'
             )
-        return layout
+        return batch
 
     def _mix(
         self,
         op: str,
-        layout: ClassMajor,
+        batch: ClassMajor,
         mix: Tensor | None,
         generator: torch.Generator | None,
         embeddings: Tensor,
     ) -> Tensor:
-        most = int(layout.rank.max()) + 1 if layout.rank.numel() else 1
+        # class_start stays where the labels are: no wait for a GPU if they are on the CPU.
+        most = max(int(batch.class_start.diff().max()), 1) if batch.rank.numel() else 1
         dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
         if mix is None:
             return torch.rand(most, most - 1, generator=generator, dtype=dtype).to(embeddings.device)
@@ -258,15 +266,15 @@ class GCAHNGLoss(nn.Module):
             )
         return mix.to(embeddings.device, dtype)
 
-    def _dropped_class(self, layout: ClassMajor) -> Tensor:
+    def _dropped_class(self, batch: ClassMajor) -> Tensor:
         """Class whose entry (25) counts as 0, for every class-major slot."""
         if not self.official_sim_mask:
-            return layout.class_index
-        counts = torch.bincount(layout.class_index)
+            return batch.class_index
+        counts = torch.bincount(batch.class_index)
         if counts.numel() and bool((counts != counts[0]).any()):
             raise ValueError(
                 "generator_terms: official_sim_mask=True needs the same number of samples of every class, got "
                 f"{int(counts.min())} to {int(counts.max())}; use official_sim_mask=False for ragged batches"
             )
         num_classes = counts.numel()
-        return (layout.rank * num_classes + layout.class_index) // counts[0] if num_classes else layout.class_index
+        return (batch.rank * num_classes + batch.class_index) // counts[0] if num_classes else batch.class_index

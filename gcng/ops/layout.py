@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gcng.batch_layout import BatchLayout
 from gcng.ops.registration import define_op
 from gcng.reference.dropout import node_identity
 
@@ -75,3 +76,14 @@ def class_boundaries(class_start: Tensor) -> list[int]:
     starts = class_start.tolist()
     n = len(starts) - 1
     return [start for start in starts if start < n] + [n]
+
+
+def host_labels(op: str, labels: Tensor, layout: BatchLayout | None) -> Tensor:
+    """The labels to work out classes from: those of ``layout`` where one is given, so that no device is waited for."""
+    if layout is None:
+        return labels
+    if not isinstance(layout, BatchLayout):
+        raise TypeError(f"{op}: layout must be a gcng.BatchLayout, got {type(layout).__name__}")
+    if layout.num_samples != labels.shape[0]:
+        raise ValueError(f"{op}: layout describes {layout.num_samples} samples but labels has {labels.shape[0]}")
+    return layout.labels

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from gcng import reference
+from gcng.batch_layout import BatchLayout
 from gcng.mode import in_reference_mode
-from gcng.ops.layout import class_boundaries, class_major
+from gcng.ops.layout import class_boundaries, class_major, host_labels
 from gcng.ops.registration import compute_dtype, define_autocast, define_gradient, define_op
 from gcng.ops.tiles import Tile
 from gcng.ops.validation import check_channels, check_float_matrix, check_labels, check_same_device, check_same_dtype
@@ -286,7 +287,13 @@ define_autocast("synthesize_negatives")
 
 
 def synthesize_negatives(
-    embeddings: Tensor, labels: Tensor, gate: Tensor, *, kappa: float | Tensor, mix: Tensor
+    embeddings: Tensor,
+    labels: Tensor,
+    gate: Tensor,
+    *,
+    kappa: float | Tensor,
+    mix: Tensor,
+    layout: BatchLayout | None = None,
 ) -> Tensor:
     """Synthetic hard negatives of every sample and class from given channel gates, (15)-(18) of docs/maths.md.
 
@@ -297,6 +304,7 @@ def synthesize_negatives(
         gate: (N, N, D) weights in [0, 1], anchor first, same dtype as the embeddings.
         kappa: hardness of (16): 0 keeps a negative at the positive's distance, 1 leaves it to the gate.
         mix: (K, K - 1) numbers in [0, 1] of (18), K the largest number of samples of a class in the batch.
+        layout: the batch's classes, known on the host: spares waiting for labels on a GPU.
 
     Returns:
         (N, M, D) in the embeddings' dtype: for each sample and each of the M classes, by first appearance, one
@@ -318,6 +326,7 @@ def synthesize_negatives(
         raise ValueError(f"{op}: gate has shape {tuple(gate.shape)}; expected (N, N, D) = ({n}, {n}, {width})")
     check_same_dtype(op, embeddings=embeddings, gate=gate)
     check_same_device(op, embeddings=embeddings, gate=gate)
+    labels = host_labels(op, labels, layout)
     kappa, mix = torch.as_tensor(kappa, dtype=torch.float64), torch.as_tensor(mix)
     if in_reference_mode():
         check_mix(op, mix, int(torch.unique(labels, return_counts=True)[1].max()) if n else 0)
