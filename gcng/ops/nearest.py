@@ -1,0 +1,127 @@
+"""Exact nearest rows by cosine, tile by tile: the loop behind ``knn`` and ``correlation_topk``.
+
+Owns what makes a ranking reproducible. Unit rows are rounded to fixed point (multiples of 2^-26), so that
+every product and every partial sum of an inner product is a multiple of 2^-52 below 2 and float64 adds them
+without any rounding. A similarity therefore depends on its two rows alone: not on tiles, threads or the
+rows around them, and equal rows tie exactly. The rounding costs about 1e-8, less than a float32 product
+would; float64 rows carry a second fixed-point part.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from gcng.ops.blocks import spans
+from gcng.ops.registration import compute_dtype
+
+# Queries and references of a tile: 4 MiB of float64 similarities, and enough rows for the GEMM to be busy.
+TILE_QUERIES = 256
+TILE_REFERENCES = 2048
+
+
+def unit_rows(x: Tensor, *, centered: bool) -> Tensor:
+    """Rows scaled to unit length in float64, (R, D), centered first if asked for; no direction gives 0."""
+    eps, wide = torch.finfo(x.dtype).eps, x.double()
+    peak = wide.abs().amax(-1, keepdim=True)
+    # Scaling by the largest entry first keeps the squares of huge and tiny rows inside the range of float64.
+    scaled = torch.where(peak == 0, 0.0, wide / peak)
+    floor = 0.0
+    if centered:
+        scaled = scaled - scaled.mean(-1, keepdim=True)
+        floor = 8 * eps * math.sqrt(x.shape[-1])  # docs/maths.md S7, max|x| = 1 after scaling
+    norm = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
+    return torch.where(norm <= floor, 0.0, scaled / norm)
+
+
+def _fixed_point(unit: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Split unit rows (R, D) into multiples of powers of two whose inner products float64 sums exactly."""
+    high = (unit * 2.0**26).round_().mul_(2.0**-26)
+    if dtype != torch.float64:
+        return [high]
+    # |low| <= 2^-27 sqrt(D), so 53 bits hold every high . low of multiples of 2^-26 and of this grid.
+    grid = 2.0 ** (53 - math.ceil(math.log2(unit.shape[-1]) / 2))
+    return [high, ((unit - high) * grid).round_().div_(grid)]
+
+
+def _similarity(queries: list[Tensor], references: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """(Q, R) inner products of rows split by :func:`_fixed_point`, rounded once to ``dtype``."""
+    products = [a @ b.T for a in queries for b in references]
+    total = products.pop()  # the smallest terms first
+    for product in reversed(products):
+        total = product.add_(total)
+    return total.to(dtype)
+
+
+def _rank(values: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The first k of every row by falling value, ties by rising index."""
+    by_index = indices.argsort(-1)
+    values, indices = values.gather(1, by_index), indices.gather(1, by_index)
+    values, order = values.sort(dim=-1, descending=True, stable=True)
+    return values[:, :k], indices.gather(1, order)[:, :k]
+
+
+def _best_of_tile(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best columns of every row of a tile, ties by rising column; k is at most their number."""
+    if k == similarity.shape[1]:
+        columns = torch.arange(k, device=similarity.device).expand(similarity.shape)
+        return _rank(similarity, columns, k)
+    values, columns = similarity.topk(k + 1, dim=-1)
+    last, next_one = values[:, k - 1], values[:, k]
+    # topk picks any of several equal values; where the k-th equals the next, only a full sort keeps the
+    # lowest.
+    tied = ((last == next_one) & (last > -math.inf)) | (last.isnan() & next_one.isnan())
+    values, columns = _rank(values[:, :k], columns[:, :k], k)
+    if bool(tied.any()):
+        full, order = similarity[tied].sort(dim=-1, descending=True, stable=True)
+        values[tied], columns[tied] = full[:, :k], order[:, :k]
+    return values, columns
+
+
+def nearest_rows(
+    query: Tensor,
+    reference: Tensor,
+    k: int,
+    *,
+    centered: bool,
+    self_index: Tensor | None = None,
+    labels: Tensor | None = None,
+    reference_labels: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The k rows of ``reference`` with the largest cosine to every row of ``query``.
+
+    Args:
+        query: (Q, D). reference: (R, D), same dtype; both are read tile by tile and never copied whole.
+        centered: whether to take the cosine of centered rows, the correlation.
+        self_index: (Q,) row of ``reference`` that is the query itself and is left out, or None.
+        labels: (Q,) and reference_labels: (R,): rows of the query's class are left out; both or neither.
+
+    Returns:
+        values (Q, k) falling, indices (Q, k) int64, ties by lower index; missing places are -inf and -1.
+        A NaN in a row makes all its similarities NaN, which rank first, as in ``torch.sort``.
+
+    Memory: the results and one tile.
+    """
+    dtype = compute_dtype(query.dtype)
+    num_queries, num_references = query.shape[0], reference.shape[0]
+    all_values = query.new_full((num_queries, k), -math.inf, dtype=dtype)
+    all_indices = torch.full((num_queries, k), -1, dtype=torch.int64, device=query.device)
+    for rows in spans(num_queries, TILE_QUERIES):
+        units = _fixed_point(unit_rows(query[rows], centered=centered), query.dtype)
+        values, indices = all_values[rows, :0], all_indices[rows, :0]
+        for columns in spans(num_references, TILE_REFERENCES):
+            others = _fixed_point(unit_rows(reference[columns], centered=centered), query.dtype)
+            similarity = _similarity(units, others, dtype)
+            if self_index is not None:
+                position = torch.arange(columns.start, columns.stop, device=query.device)
+                similarity.masked_fill_(self_index[rows, None] == position, -math.inf)
+            if labels is not None:
+                similarity.masked_fill_(labels[rows, None] == reference_labels[columns], -math.inf)
+            best, column = _best_of_tile(similarity, min(k, similarity.shape[1]))
+            values, indices = torch.cat([values, best], 1), torch.cat([indices, column + columns.start], 1)
+            values, indices = _rank(values, indices, k)
+        all_values[rows, : values.shape[1]] = values
+        all_indices[rows, : values.shape[1]] = indices
+    return all_values, all_indices.masked_fill_(all_values == -math.inf, -1)
