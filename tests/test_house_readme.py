@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from gcng.cli import main
+
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "csrc" / "README.md"])
 
@@ -33,6 +35,13 @@ def test_links_to_files_lead_somewhere(document):
     targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text(encoding="utf-8"))
     missing = [target for target in targets if not (document.parent / target).exists()]
     assert not missing, missing
+
+
+@pytest.mark.parametrize("line", re.findall(r"^gcng .*$", "\n".join(blocks("sh")), re.MULTILINE))
+def test_the_commands_of_the_readme_succeed(line, capsys):
+    words = line.split("#")[0].split()
+    assert main(words[1:]) == 0
+    assert capsys.readouterr().out.strip()
 
 
 def test_the_make_targets_of_the_readme_exist():
