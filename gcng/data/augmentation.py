@@ -71,6 +71,8 @@ class GlyphAugmentation:
                 f"GlyphAugmentation: images must be (N, C, H, W) floats in [0, 1], got {images.dtype} "
                 f"{tuple(images.shape)}"
             )
+        if images.numel() == 0:
+            return images.clone()
         draws = torch.rand(len(images), 8, generator=generator).to(images)
         noise = torch.randn(images.shape, generator=generator).to(images)
         grid = functional.affine_grid(self._maps(draws), list(images.shape), align_corners=False)

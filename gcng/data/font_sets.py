@@ -150,7 +150,7 @@ def save_glyphs(grid: GlyphGrid, path: str | Path) -> None:
     """
     if grid.images.shape[-1] % 2:
         raise ValueError(
-            f"save_glyphs: images have an odd width, {grid.images.shape[-1]}; two pixels share a byte"
+            f"save_glyphs: images are {grid.images.shape[-1]} pixels wide; two share a byte, use an even size"
         )
     arrays = {
         "q": pack_nibbles(grid.images),

@@ -13,6 +13,8 @@ from gcng.data.optional import require
 
 FILL = 0.92  # share of the box that the 95th percentile of max(width, height) fills
 OVERSAMPLE = 2
+# A noncharacter, which no font maps: drawn, it shows the replacement box of missing glyphs.
+UNMAPPED = 0x10FFFF
 SAMPLE_STEP = 3  # the size of a face is fitted on every third character
 
 
@@ -51,8 +53,8 @@ def render_glyphs(faces: Sequence[FontFace], characters: Sequence[int], *, size:
     third character, fills at most 0.92 of the box. A glyph that overflows the box is drawn smaller. Width and
     height are those of Pillow's text box, which holds the ink, the baseline and the advance; this box is
     centered. Drawn at twice the size with Pillow's basic layout and reduced. A glyph that the font does not
-    draw (no ink, or an error of the font, such as broken hinting or a bitmap-only size) is left black:
-    character maps lie.
+    draw (no ink, the replacement box, or an error of the font, such as broken hinting or a bitmap-only
+    size) is left black: character maps lie.
 
     Args:
         faces: font files.
@@ -88,14 +90,13 @@ class _FontOpener:
     def __init__(self, face: FontFace) -> None:
         self.face = face
         self.fonts: dict[int, Any] = {}
+        self.replacements: dict[int, np.ndarray | None] = {}
+        if not face.path.is_file():
+            raise FileNotFoundError(f"render_glyphs: no font file {face.path} (face {face.name})")
         self.module = require("PIL.ImageFont", install="pillow", purpose="rendering glyphs")
 
     def at(self, size: int) -> Any:
         if size not in self.fonts:
-            if not self.face.path.is_file():
-                raise FileNotFoundError(
-                    f"render_glyphs: no font file {self.face.path} (face {self.face.name})"
-                )
             try:
                 self.fonts[size] = self.module.truetype(
                     str(self.face.path), size, index=self.face.index, layout_engine=self.module.Layout.BASIC
@@ -109,8 +110,9 @@ class _FontOpener:
 
     def box(self, size: int, character: int) -> tuple[int, int, int, int] | None:
         """Left, top, right, bottom of the ink; None where there is none."""
+        font = self.at(size)
         try:
-            left, top, right, bottom = self.at(size).getbbox(chr(character))
+            left, top, right, bottom = font.getbbox(chr(character))
         except OSError:  # FreeType refuses single glyphs: broken hinting, bitmap-only sizes
             return None
         return (left, top, right, bottom) if right > left and bottom > top else None
@@ -142,21 +144,33 @@ def _fitted_size(opener: _FontOpener, sample: Sequence[int], size: int) -> int:
 
 
 def _draw(opener: _FontOpener, font_size: int, character: int, size: int) -> np.ndarray | None:
-    """One glyph, (size, size) uint8; None without ink."""
-    image_module = require("PIL.Image", install="pillow", purpose="rendering glyphs")
-    draw_module = require("PIL.ImageDraw", install="pillow", purpose="rendering glyphs")
+    """One glyph, (size, size) uint8; None where the font has no glyph, or one without ink."""
     canvas = OVERSAMPLE * size
     box = opener.box(font_size, character)
     while box is not None and _extent(box) > canvas and font_size > 1:
-        font_size = min(font_size - 1, font_size * canvas // _extent(box))
-        box = opener.box(max(font_size, 1), character)
+        font_size = max(1, min(font_size - 1, font_size * canvas // _extent(box)))
+        box = opener.box(font_size, character)
     if box is None:
         return None
+    glyph = _draw_boxed(opener.at(font_size), box, character, size)
+    if glyph is None or character == UNMAPPED:
+        return glyph
+    if font_size not in opener.replacements:
+        opener.replacements[font_size] = _draw(opener, font_size, UNMAPPED, size)
+    replacement = opener.replacements[font_size]
+    return None if replacement is not None and np.array_equal(glyph, replacement) else glyph
+
+
+def _draw_boxed(font: Any, box: tuple[int, int, int, int], character: int, size: int) -> np.ndarray | None:
+    """One glyph whose text box is known, centered; None on an error of the font."""
+    image_module = require("PIL.Image", install="pillow", purpose="rendering glyphs")
+    draw_module = require("PIL.ImageDraw", install="pillow", purpose="rendering glyphs")
+    canvas = OVERSAMPLE * size
     left, top, right, bottom = box
     image = image_module.new("L", (canvas, canvas), 0)
     corner = (round((canvas - (right - left)) / 2) - left, round((canvas - (bottom - top)) / 2) - top)
     try:
-        draw_module.Draw(image).text(corner, chr(character), fill=255, font=opener.at(max(font_size, 1)))
+        draw_module.Draw(image).text(corner, chr(character), fill=255, font=font)
     except OSError:
         return None
     return np.asarray(image.reduce(OVERSAMPLE))
