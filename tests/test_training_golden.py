@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tests.golden_data import Golden
 from torch import nn
 
 from gcng.losses import GCAHNGLoss
 from gcng.nn.graph import parameter_names
 from gcng.training import Optimizers, train_step
+from tests.golden_data import Golden
 
 LOSSES = {
     "J_m": "n_pair",

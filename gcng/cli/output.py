@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Mapping
 from typing import Any
+
+from gcng.training.records import json_ready
 
 
 def print_result(result: Mapping[str, Any], *, as_json: bool) -> None:
     """Print named values to stdout: one JSON object, or aligned lines."""
     if as_json:
-        print(json.dumps(_plain(result), indent=2, allow_nan=False))
+        print(json.dumps(json_ready(result), indent=2, allow_nan=False))
         return
     width = max((len(str(name)) for name in result), default=0)
     for name, value in result.items():
@@ -26,17 +27,6 @@ def format_value(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {format_value(item)}" for name, item in value.items()) or "none"
     return "none" if value is None else str(value)
-
-
-def _plain(value: Any) -> Any:
-    # JSON has no NaN or infinity; a program that reads it gets null.
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
 
 
 def note(text: str) -> None:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from gcng.data import seeded_randomness
+from gcng.evaluation import evaluate_retrieval
 from gcng.training.checkpoint import CheckpointFolder, load_checkpoint
 from gcng.training.config import Config
 from gcng.training.config_io import load_config
@@ -42,19 +44,13 @@ def embed_dataset(
         Embeddings (n, D) float32 and labels (n,) int64, both on the CPU, in the order of the data set.
     """
     count = len(dataset) if limit is None else min(limit, len(dataset))
-    # A generator of its own: starting a loader must not draw from the run's random state.
-    loader = DataLoader(
-        dataset,
-        batch_size,
-        sampler=range(count),
-        num_workers=workers,
-        generator=torch.Generator().manual_seed(0),
-    )
+    loader = DataLoader(dataset, batch_size, sampler=range(count), num_workers=workers)
     modes = [(module, module.training) for module in extractor.modules()]
     extractor.eval()
     embeddings, labels = [], []
     try:
-        with torch.no_grad():
+        # Transforms of the data set may draw; the same numbers each time, and not from the run's.
+        with torch.no_grad(), seeded_randomness(0):
             for inputs, batch_labels in loader:
                 embeddings.append(extractor(inputs.to(device)).float().cpu())
                 labels.append(batch_labels.to(torch.int64))
@@ -82,8 +78,6 @@ def evaluate(
     Returns:
         What :func:`gcng.evaluation.evaluate_retrieval` gives.
     """
-    from gcng.evaluation import evaluate_retrieval
-
     settings = {
         "batch_size": config.evaluation.batch_size,
         "device": device,
@@ -146,7 +140,8 @@ def load_extractor(
     try:
         extractor.load_state_dict(state["extractor"])
     except RuntimeError as error:
+        message = " ".join(str(error).split())
         raise CheckpointError(
-            f"checkpoint {file} does not fit model.backbone {config.model.backbone}: {error}"
+            f"checkpoint {file} does not fit model.backbone {config.model.backbone}: {message}"
         ) from None
     return config, extractor.to(device).eval(), file

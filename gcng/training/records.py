@@ -7,6 +7,7 @@ Owns the log format: one JSON object a line, with ``kind`` (``start``, ``step``,
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -41,7 +42,8 @@ class RecordLog:
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Append one record. A full disk is reported on stderr once and costs records, not the run."""
-        line = json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3), **values})
+        record = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
+        line = json.dumps(json_ready(record), allow_nan=False)
         try:
             self._file.write(line + "\n")
             self._file.flush()
@@ -56,6 +58,17 @@ class RecordLog:
             self._file.close()
         except OSError:  # what is left in its buffer does not fit on the disk either
             self._failed = True
+
+
+def json_ready(value: Any) -> Any:
+    """Plain values with null for NaN and infinity, which JSON does not have."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(name): json_ready(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_ready(item) for item in value]
+    return value
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:

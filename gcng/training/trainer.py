@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -162,7 +163,8 @@ class Trainer:
                 self.scaler.load_state_dict(state["scaler"])
             self.loader.load_state_dict(state["loader"])
         except (RuntimeError, ValueError, KeyError) as error:
-            raise CheckpointError(f"the checkpoint does not fit this run: {error}") from error
+            message = " ".join(str(error).split())
+            raise CheckpointError(f"the checkpoint does not fit this run: {message}") from error
         self.generator.set_state(state["generator"])
         restore_random_state(state["random"])
         self.epoch, self.step = state["epoch"], state["step"]
@@ -295,8 +297,11 @@ class Trainer:
         if every and self.data.test is not None and (number % every == 0 or number == epochs):
             metrics = self._evaluate(report, stop)
         self.criterion.schedule.end_epoch()
-        for scheduler in self.schedulers.values():
-            scheduler.step()
+        with warnings.catch_warnings():
+            # Right after a resume, or where all steps were skipped, no optimizer has stepped in this process.
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            for scheduler in self.schedulers.values():
+                scheduler.step()
         means = {name: float(value) / self._counted for name, value in self._sums.items()}
         self._sums, self._counted = {}, 0
         report.event("epoch", self.step, epoch=self.epoch, **means)

@@ -1,0 +1,128 @@
+"""The log survives kills and full disks, the progress bar keeps off what is no terminal."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from gcng.training.config_io import load_config
+from gcng.training.errors import ConfigError
+from gcng.training.records import ProgressBar, RecordLog, RunReport, read_records
+from gcng.training.signals import StopOnSignal
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_records_are_there_before_the_log_is_closed(tmp_path):
+    log = RecordLog(tmp_path / "new" / "log.jsonl")
+    log.write("step", 3, loss=1.5, labels=[1, 2])
+    log.write("epoch", 4, mean=math.nan, deep={"a": [math.inf]})
+    first, second = read_records(log.path)
+    assert (first["kind"], first["step"], first["loss"], first["labels"]) == ("step", 3, 1.5, [1, 2])
+    assert second["mean"] is None and second["deep"] == {"a": [None]}
+    log.close()
+
+
+@pytest.mark.parametrize("cut", [1, 5, 30])
+def test_cut_last_line_costs_one_record_and_no_later_one(tmp_path, cut):
+    path = tmp_path / "log.jsonl"
+    log = RecordLog(path)
+    for step in range(3):
+        log.write("step", step)
+    log.close()
+    path.write_bytes(path.read_bytes()[:-cut])
+    # A line without its newline is still whole.
+    whole = [0, 1, 2] if cut == 1 else [0, 1]
+    assert [record["step"] for record in read_records(path)] == whole
+    log = RecordLog(path)
+    log.write("step", 7)
+    log.close()
+    assert [record["step"] for record in read_records(path)] == [*whole, 7]
+
+
+def test_log_on_a_full_disk_warns_once_and_goes_on(tmp_path, capsys):
+    log = RecordLog(tmp_path / "log.jsonl")
+    log._file.close()
+    log._file = open("/dev/full", "a")  # noqa: SIM115
+    for step in range(3):
+        log.write("step", step)
+    log.close()
+    assert capsys.readouterr().err.count("cannot be written") == 1
+
+
+def test_bar_is_drawn_on_a_terminal_only():
+    quiet, terminal = io.StringIO(), Terminal()
+    for stream in (quiet, terminal):
+        bar = ProgressBar("auto", stream)
+        bar.update("epoch 1/2", 3, 10, {"loss": 1.23456})
+        bar.message("a message")
+        bar.clear()
+    assert quiet.getvalue() == "a message\n"
+    shown = terminal.getvalue()
+    assert "epoch 1/2 [######..............] 3/10" in shown and "loss 1.235" in shown
+    assert shown.endswith("a message\n")
+    assert ProgressBar("on", quiet).enabled and not ProgressBar("off", terminal).enabled
+
+
+def test_bar_does_not_read_numbers_that_it_does_not_draw():
+    class Costly:
+        def __float__(self):
+            raise AssertionError("read from the device")
+
+    ProgressBar("off", Terminal()).update("x", 1, 2, {"loss": Costly()})
+
+
+def test_output_that_cannot_be_written_is_a_config_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"run.output: .*file/run cannot be written"):
+        RunReport(load_config(overrides=[f"run.output={tmp_path}/file/run"]))
+
+
+def test_missing_tensorboard_is_a_config_error(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    settings = load_config(overrides=[f"run.output={tmp_path}", "logging.tensorboard=true"])
+    with pytest.raises(ConfigError, match="pip install tensorboard"):
+        RunReport(settings)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_first_signal_is_a_request_and_handlers_come_back(number):
+    before = signal.getsignal(number)
+    with StopOnSignal() as stop:
+        assert not stop.requested
+        os.kill(os.getpid(), number)
+        assert stop.requested
+    assert signal.getsignal(number) is before
+
+
+def test_second_signal_leaves_at_once():
+    code = (
+        "import os, signal, time\n"
+        "from gcng.training.signals import StopOnSignal\n"
+        "with StopOnSignal():\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    print('first', flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    print('never', flush=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (130, "first\n")
+
+
+def test_log_is_one_json_object_a_line(tmp_path):
+    report = RunReport(load_config(overrides=[f"run.output={tmp_path}"]), stream=io.StringIO())
+    report.event("start", 0, text="line\nbreak")
+    report.warning(1, "careful")
+    report.close()
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["kind"] for line in lines] == ["start", "warning"]
