@@ -8,8 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
-from gcng.data import ClassFolder, ImageDataset, check_disjoint_classes, select_classes
+from gcng.data import (
+    ClassBalancedBatchSampler,
+    ClassFolder,
+    ImageDataset,
+    ResumableLoader,
+    check_disjoint_classes,
+    select_classes,
+    training_transform,
+)
 
 image_module = pytest.importorskip("PIL.Image", reason="image files need Pillow")
 
@@ -144,3 +153,45 @@ def test_errors_name_the_line_that_lists_the_image(tmp_path: Path) -> None:
     dataset = ImageDataset([tmp_path / "x.png"], [0], ["a"], sources=["list.txt:7"])
     with pytest.raises(FileNotFoundError, match=r"no image .*x.png, listed in list.txt:7; "):
         dataset[0]
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> ClassFolder:
+    """Three classes of four images whose pixels all differ."""
+    generator = torch.Generator().manual_seed(0)
+    for label in range(3):
+        for number in range(4):
+            pixels = torch.randint(0, 256, (40, 30, 3), generator=generator, dtype=torch.uint8).numpy()
+            path = tmp_path / f"class{label}" / f"{number}.png"
+            path.parent.mkdir(exist_ok=True)
+            image_module.fromarray(pixels).save(path)
+    return ClassFolder(tmp_path, transform=training_transform(16))
+
+
+def test_augmented_images_do_not_depend_on_workers_and_resume(photos: ClassFolder) -> None:
+    def loader(workers: int) -> ResumableLoader:
+        sampler = ClassBalancedBatchSampler(photos, 2, 3, seed=1, batches_per_epoch=4)
+        return ResumableLoader(photos, sampler, num_workers=workers)
+
+    straight = [images for images, _ in loader(0)]
+    assert all(images.shape == (6, 3, 16, 16) for images in straight)
+    with_workers = [images for images, _ in loader(2)]
+    assert all(torch.equal(a, b) for a, b in zip(straight, with_workers, strict=True))
+    broken_off = loader(2)
+    running = iter(broken_off)
+    next(running), next(running)
+    resumed = loader(0)
+    resumed.load_state_dict(broken_off.state_dict())
+    assert all(
+        torch.equal(a, b) for a, b in zip(straight[2:], [images for images, _ in resumed], strict=True)
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_plain_data_loader_repeats_under_a_seed(photos: ClassFolder, workers: int) -> None:
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(9)
+        runs.append([images for images, _ in DataLoader(photos, batch_size=5, num_workers=workers)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    assert len(torch.cat(runs[0]).flatten(1).unique(dim=0)) == 12

@@ -215,6 +215,12 @@ def test_bad_settings_are_refused(arguments: tuple, options: dict, message: str)
         ClassBalancedBatchSampler(*arguments, **options)
 
 
+def test_numpy_integers_are_integers() -> None:
+    sampler = ClassBalancedBatchSampler(np.array([0, 0, 1], np.uint8), np.int64(2), np.int32(2), seed=0)
+    assert (sampler.batch_size, len(sampler)) == (4, 1)
+    assert type(sampler.state_dict()["classes_per_batch"]) is int
+
+
 def test_labels_that_are_no_integers_are_refused() -> None:
     with pytest.raises(TypeError, match="labels must hold integers, got torch.float32; use labels.long"):
         ClassBalancedBatchSampler(torch.tensor([0.0, 1.0]), 1, 1)

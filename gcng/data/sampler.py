@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -298,6 +299,6 @@ def _too_few_classes(wanted: int, usable: int, labels: Tensor, small_classes: st
 
 
 def _positive(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"ClassBalancedBatchSampler: {name} must be an integer of at least 1, got {value!r}")
-    return value
+    return int(value)
