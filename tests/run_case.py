@@ -55,9 +55,10 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
     if layout == "column_slice":
         return x.new_full((*x.shape[:-1], x.shape[-1] + 5), filler)[..., 3:-2].copy_(x)
     if layout == "expanded":
-        return x[:1].clone().expand_as(x)
+        row = x[:1].clone(memory_format=torch.contiguous_format)
+        return torch.as_strided(row, x.shape, (0, *row.stride()[1:]))
     if layout == "stride_zero":
-        return x.reshape(-1)[:1].clone().reshape((1,) * x.dim()).expand_as(x)
+        return torch.as_strided(x.reshape(-1)[:1].clone(), x.shape, (0,) * x.dim())
     return x.clone(memory_format=torch.contiguous_format)
 
 
@@ -249,6 +250,7 @@ class _Comparison:
     dtype: torch.dtype
     scale_floors: Mapping[str, float]
     gate: Mapping[str, Any]
+    rounded_baseline: bool
     readings: list[Closeness] = field(default_factory=list)
 
     def add(
@@ -261,6 +263,8 @@ class _Comparison:
             return
         _require(ours is not None, f"{self.name}: {what} is missing")
         low = torch.zeros_like(truth, dtype=self.dtype) if low is None else low
+        if self.rounded_baseline and low.is_floating_point():
+            low = low.to(self.dtype)
         floor = self.scale_floors.get(what, 0.0)
         label = f"{self.name}: {what}"
         self.readings.append(
@@ -282,6 +286,8 @@ def run_case(
     input_layout: str | Mapping[str, str] = "contiguous",
     upstream_layout: str = "contiguous",
     output_dtypes: Sequence[torch.dtype | None] | None = None,
+    baseline_dtype: torch.dtype | None = None,
+    other_inputs: Mapping[str, Any] | None = None,
     subsets: bool = False,
     scale_floors: Mapping[str, float] | None = None,
     **gate: Any,
@@ -296,6 +302,9 @@ def run_case(
         upstream_layout: one of ``UPSTREAM_LAYOUTS``. Upstream gradients are random and differ per element;
             with several outputs, each also gets its own alone.
         output_dtypes: expected dtypes where they differ from the baseline's (None: the baseline's).
+        baseline_dtype: dtype of the reference behind the baseline, rounded to ``dtype`` afterwards, for a
+            definition that is not finite in 16 bits; ``dtype`` by default.
+        other_inputs: inputs of the same shapes for a call before the first, which must leave no trace.
         subsets: also differentiate every input alone, and run without gradients.
         scale_floors: ``scale_floor`` of the gate per array name (``"output 0"``, ``"grad x"``).
         gate: further arguments of ``assert_close_to_truth``.
@@ -304,26 +313,33 @@ def run_case(
         Readings for ``output 0``, ... and ``grad <name>``, ...
     """
     rounded = _leaves(_leaves(inputs, (), "contiguous", dtype), (), input_layout, None)
-    leaves = {kind: _leaves(rounded, differentiable, "contiguous", kind) for kind in {torch.float64, dtype}}
-    truth, low = (_forward(reference, leaves[kind]) for kind in (torch.float64, dtype))
+    exact_leaves = _leaves(rounded, differentiable, "contiguous", torch.float64)
+    low_leaves = _leaves(rounded, differentiable, "contiguous", baseline_dtype or dtype)
+    truth, low = _forward(reference, exact_leaves), _forward(reference, low_leaves)
     kinds = list(output_dtypes or [None] * len(truth.outputs))
-    kinds = [kind or y.dtype for kind, y in zip(kinds, low.outputs, strict=True)]
+    kinds = [
+        kind or (y.dtype if baseline_dtype is None else dtype)
+        for kind, y in zip(kinds, low.outputs, strict=True)
+    ]
     drawn = random_upstream(truth.outputs, dtype, seed)
     upstream = [lay_out(g.to(kind), upstream_layout) for g, kind in zip(drawn, kinds, strict=True)]
     contract = {"differentiable": differentiable, "upstream": upstream}
     with poisoned_memory():
+        if other_inputs is not None:
+            before = _leaves(other_inputs, differentiable, input_layout, dtype)
+            _forward(function, before).differentiate(before, upstream)
         ours = check_contract(name, function, rounded, layout=input_layout, **contract)
         if subsets:
             check_subsets(name, function, rounded, layout=input_layout, full=ours, **contract)
-    comparison = _Comparison(name, dtype, scale_floors or {}, gate)
+    comparison = _Comparison(name, dtype, scale_floors or {}, gate, baseline_dtype is not None)
     for index, kind in enumerate(kinds):
         outputs = (which.outputs[index] for which in (ours, truth, low))
         comparison.add(f"output {index}", *outputs, kind)
     alone = range(len(kinds)) if len(kinds) > 1 else ()
     for used in (None, *alone):
         part = [g if used in (None, index) else None for index, g in enumerate(upstream)]
-        exact = truth.differentiate(leaves[torch.float64], part)
-        base = low.differentiate(leaves[dtype], part)
+        exact = truth.differentiate(exact_leaves, part)
+        base = low.differentiate(low_leaves, part)
         mine = ours.gradients
         if used is not None:
             fresh = _leaves(rounded, differentiable, input_layout, None)
