@@ -24,9 +24,9 @@ CAPS = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 2e-3, torch.bf
 TF32_CAP = 1e-3  # pass as op_caps={torch.float32: TF32_CAP} where tf32 operands are allowed
 SCALE_BIAS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-3}
 FLOAT64_FLOOR = 1e-13  # in float64 the truth is the baseline, whose error counts as this much
-FLOOR = 1e-7  # the same for the other dtypes
+FLOOR = 1e-7  # added to the limits of the other dtypes
 FEW = 64  # arrays below this size have too few elements for the baseline's error to be typical ...
-FEW_FLOOR = 6e-7  # ... so it counts as at least ten float32 roundings
+FEW_FLOOR = 6e-7  # ... so ten float32 roundings are added instead
 SMALL_ROW = 1e-3  # rows below this share of the typical row norm are measured against that share
 
 
