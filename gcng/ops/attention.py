@@ -1,12 +1,14 @@
 """Op (4)-(6): attention over the samples of other classes, with one extra zero logit.
 
 Owns the blocked path: score tiles of a fixed size, an online softmax, and a backward that computes every tile
-again from (output, log of the denominator). Nothing of size N x N exists.
+again from each row's maximum and denominator. Nothing of size N x N exists.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,8 +49,8 @@ def _depends_on_non_finite(x: Tensor, labels: Tensor) -> Tensor:
     bad = ~x.isfinite().all(-1).transpose(0, 1)  # (N, H)
     in_order, order = labels.sort()
     running = torch.nn.functional.pad(bad[order].cumsum(0), (0, 0, 1, 0))  # (N + 1, H)
-    first = torch.searchsorted(in_order, labels)
-    last = torch.searchsorted(in_order, labels, right=True)
+    wanted = labels.contiguous()
+    first, last = torch.searchsorted(in_order, wanted), torch.searchsorted(in_order, wanted, right=True)
     elsewhere = running[-1] - (running[last] - running[first])
     return (elsewhere > 0).transpose(0, 1).unsqueeze(-1)
 
@@ -62,7 +64,7 @@ def _negative_attention(q: Tensor, k: Tensor, v: Tensor, labels: Tensor) -> tupl
     queries, keys, values = _by_head(q) / math.sqrt(width), _by_head(k), _by_head(v)
     finite_values = _finite_rows(values)
     out = queries.new_empty((num_nodes, num_heads, width))
-    lse = queries.new_empty((num_heads, num_nodes))
+    shares = queries.new_empty((2, num_heads, num_nodes, 1))
     row_block, column_block = _tile_shape(num_nodes, num_heads)
     for rows in spans(num_nodes, row_block):
         # The extra zero logit is where the online softmax starts: maximum 0, sum exp(0), no value.
@@ -79,53 +81,74 @@ def _negative_attention(q: Tensor, k: Tensor, v: Tensor, labels: Tensor) -> tupl
             weighted = weighted.mul_(shrink).baddbmm_(weights, finite_values[:, columns])
             maximum = raised
         out[rows] = (weighted / total).transpose(0, 1)
-        lse[:, rows] = (maximum + total.log()).squeeze(-1)
+        # Apart, because their joint logarithm would round away digits of large scores.
+        shares[0, :, rows], shares[1, :, rows] = maximum, total
     poisoned = _depends_on_non_finite(values, labels).transpose(0, 1)
-    return out.masked_fill_(poisoned, math.nan).to(q.dtype), lse
+    return out.masked_fill_(poisoned, math.nan).to(q.dtype), shares
 
 
 def _negative_attention_fake(q: Tensor, k: Tensor, v: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=compute_dtype(q.dtype))
-    return torch.empty_like(q, memory_format=torch.contiguous_format), lse
+    shares = q.new_empty((2, q.shape[1], q.shape[0], 1), dtype=compute_dtype(q.dtype))
+    return torch.empty_like(q, memory_format=torch.contiguous_format), shares
+
+
+class _Rows(NamedTuple):
+    """What the backward needs of every row and sender: operands by head (H, N, h), statistics, labels."""
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    grads: Tensor
+    shares: Tensor  # (2, H, N, 1) maximum and denominator
+    labels: Tensor  # (N,)
+
+    def tile(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """P, dP (H, R, S), both 0 within a class, and the mask of same classes (R, S)."""
+        same_class = self.labels[rows, None] == self.labels[None, columns]
+        scores = torch.bmm(self.queries[:, rows], self.keys[:, columns].transpose(1, 2))
+        weights = scores.sub_(self.shares[0, :, rows]).exp_().div_(self.shares[1, :, rows])
+        grad_weights = torch.bmm(self.grads[:, rows], self.values[:, columns].transpose(1, 2))
+        return weights.masked_fill_(same_class, 0.0), grad_weights.masked_fill_(same_class, 0.0), same_class
+
+    def tiles(self, rows: slice, columns: list[slice]) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Columns, P and dS of every tile in a block of rows.
+
+        dS = P (dP - rowsum(P dP)) takes two passes over the tiles. The sum comes from the tiles and not from
+        the output (rowsum(dO O)): where a weight is near 1, dP - rowsum must cancel to the last digit.
+        """
+        radial = 0.0
+        for part in columns:
+            weights, grad_weights, same_class = self.tile(rows, part)
+            radial = radial + (weights * grad_weights).sum(-1, keepdim=True)
+        for part in columns:
+            if len(columns) > 1:
+                weights, grad_weights, same_class = self.tile(rows, part)
+            # Masked again: a NaN in the sum must not reach the class of its row.
+            yield part, weights, grad_weights.sub_(radial).mul_(weights).masked_fill_(same_class, 0.0)
 
 
 def _negative_attention_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    labels: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    needed: list[bool],
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, labels: Tensor, shares: Tensor, needed: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """With P = exp(s - lse): dV = P^T dO, dS = P (dO V^T - rowsum(dO O)), dQ = dS K, dK = dS^T Q."""
+    """With P the weights and dP = dO V^T: dV = P^T dO, dS = P (dP - rowsum(P dP)), dQ = dS K, dK = dS^T Q."""
     num_nodes, num_heads, width = q.shape
-    scale = 1.0 / math.sqrt(width)
-    queries, keys, values, grads = _by_head(q) * scale, _by_head(k), _by_head(v), _by_head(grad)
-    radial = (grads * _by_head(out)).sum(-1, keepdim=True)  # (H, N, 1)
+    scale = math.sqrt(width)
+    queries, keys, values, grads = _by_head(q) / scale, _by_head(k), _by_head(v), _by_head(grad)
     finite_queries, finite_keys, finite_grads = _finite_rows(queries), _finite_rows(keys), _finite_rows(grads)
-    grad_q, grad_k, grad_v = (
-        queries.new_zeros((num_heads, num_nodes, width) if need else (0,)) for need in needed
-    )
+    operands = _Rows(queries, keys, values, grads, shares, labels)
+    full = (num_heads, num_nodes, width)
+    grad_q, grad_k, grad_v = (queries.new_zeros(full if need else (0,)) for need in needed)
     row_block, column_block = _tile_shape(num_nodes, num_heads)
     for rows in spans(num_nodes, row_block):
-        for columns in spans(num_nodes, column_block):
-            same_class = labels[rows, None] == labels[None, columns]
-            scores = torch.bmm(queries[:, rows], keys[:, columns].transpose(1, 2))
-            weights = scores.sub_(lse[:, rows, None]).exp_().masked_fill_(same_class, 0.0)
-            if needed[2]:
-                grad_v[:, columns].baddbmm_(weights.transpose(1, 2), finite_grads[:, rows])
-            if not (needed[0] or needed[1]):
-                continue
-            grad_scores = torch.bmm(grads[:, rows], values[:, columns].transpose(1, 2))
-            grad_scores.sub_(radial[:, rows]).mul_(weights).masked_fill_(same_class, 0.0)
+        for columns, weights, grad_scores in operands.tiles(rows, list(spans(num_nodes, column_block))):
             if needed[0]:
                 grad_q[:, rows].baddbmm_(grad_scores, finite_keys[:, columns])
             if needed[1]:
                 grad_k[:, columns].baddbmm_(grad_scores.transpose(1, 2), finite_queries[:, rows])
+            if needed[2]:
+                grad_v[:, columns].baddbmm_(weights.transpose(1, 2), finite_grads[:, rows])
     if needed[0]:
-        grad_q.mul_(scale)
+        grad_q.div_(scale)
     if needed[2]:
         grad_v.masked_fill_(_depends_on_non_finite(grads, labels), math.nan)
     return tuple(
@@ -135,14 +158,7 @@ def _negative_attention_backward(
 
 
 def _negative_attention_backward_fake(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    labels: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    needed: list[bool],
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, labels: Tensor, shares: Tensor, needed: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(q.new_empty(q.shape if need else (0,)) for need in needed)
 
@@ -153,19 +169,19 @@ _forward = define_op(
     _negative_attention_fake,
 )
 _backward = define_op(
-    "negative_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor labels, Tensor out, "
-    "Tensor lse, bool[3] needed) -> (Tensor, Tensor, Tensor)",
+    "negative_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor labels, Tensor shares, "
+    "bool[3] needed) -> (Tensor, Tensor, Tensor)",
     _negative_attention_backward,
     _negative_attention_backward_fake,
 )
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs, *output)
+    ctx.save_for_backward(*inputs, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
-def _gradient(ctx, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+def _gradient(ctx, grad: Tensor, _grad_shares: Tensor) -> tuple[Tensor | None, ...]:
     needed = list(ctx.needs_input_grad[:3])
     grads = _backward(grad, *ctx.saved_tensors, needed)
     return *(x if need else None for x, need in zip(grads, needed, strict=True)), None
@@ -196,7 +212,8 @@ def negative_attention(q: Tensor, k: Tensor, v: Tensor, labels: Tensor) -> Tenso
     Raises:
         ValueError: wrong shape, different shapes or devices. TypeError: wrong or mixed dtypes.
 
-    Memory: the output, (H, N) saved for the backward, and score tiles whose size does not depend on N.
+    Memory: the output, two numbers per row and head saved for the backward, and score tiles whose size does
+        not depend on N.
 
     Example:
         >>> q = k = v = torch.randn(4, 2, 8)
