@@ -1,0 +1,1 @@
+"""The demo: plain N-pair and GCA-HNG trained beside each other on rendered letters; `python -m demo`."""
