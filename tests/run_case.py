@@ -174,6 +174,23 @@ def _same(
         _require(equal, f"{name}: {what}: gradient of {key} has other bits")
 
 
+def _times_four(x: Tensor) -> Tensor:
+    """4 x in the same memory layout: another layout may add in another order."""
+    memory = torch.as_strided(x, (x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
+    return torch.as_strided(4 * memory, x.shape, x.stride(), x.storage_offset())
+
+
+def _check_scaling(
+    name: str, first: Mapping[str, Tensor | None], scaled: Mapping[str, Tensor | None]
+) -> None:
+    """A backward is linear, and a power of two costs no rounding: the gradients must be 4 times the first."""
+    for key, g in first.items():
+        if g is None or g.dtype == torch.float16:  # its range is too short for the products of most ops
+            continue
+        wrong = (scaled[key] != 4 * g) & (g.abs() > 2**20 * torch.finfo(g.dtype).tiny)
+        _require(not bool(wrong.any()), f"{name}: gradient of {key} is not linear in the upstream gradient")
+
+
 def check_contract(
     name: str,
     function: Callable[..., Any],
@@ -186,7 +203,8 @@ def check_contract(
     """One pass of ``function`` with everything checked that needs no truth; returns outputs and gradients.
 
     Inputs, saved tensors and upstream gradients keep their bits; backward twice and the whole call twice give
-    equal bits; no tensor hides on an autograd node; a gradient exists exactly for what requires one.
+    equal bits; 4 times the upstream gradient gives 4 times the gradients; no tensor hides on an autograd
+    node; a gradient exists exactly for what requires one.
     """
     leaves = _leaves(inputs, differentiable, layout, None)
     tensors = {key: x for key, x in leaves.items() if isinstance(x, Tensor)}
@@ -201,6 +219,7 @@ def check_contract(
     outputs_before = [y.detach().clone() for y in done.outputs]
     done.gradients = done.differentiate(leaves, upstream)
     _same(name, "backward twice", done.gradients, done.differentiate(leaves, upstream))
+    _check_scaling(name, done.gradients, done.differentiate(leaves, [_times_four(g) for g in upstream]))
     for key, x in tensors.items():
         _require(equal_bits(x, before[key]), f"{name}: input {key} was written to")
         _require(x.grad is None, f"{name}: input {key} had its .grad filled by a call that returns gradients")

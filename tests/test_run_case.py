@@ -50,6 +50,8 @@ class Product(torch.autograd.Function):
             y.data.mul_(1.5)
         if ctx.bug == "random":
             grad = grad * (1 + 1e-7 * torch.rand_like(grad))
+        if ctx.bug == "not linear":
+            return grad * y + 1e-7, grad * x, None
         if ctx.bug == "missing gradient":
             return grad * y, None, None
         if ctx.bug == "needs all" and not all(ctx.needs_input_grad[:2]):
@@ -92,6 +94,7 @@ def test_definition_passes_its_own_case_in_every_layout(dtype, upstream):
         ("keeps tensor", "tensors kept outside save_for_backward"),
         ("writes saved", "backward twice: gradient of x has other bits"),
         ("random", "backward twice: gradient of x has other bits"),
+        ("not linear", "gradient of x is not linear in the upstream gradient"),
         ("missing gradient", "grad y is missing"),
         ("needs all", "only x requires a gradient: gradient of x has other bits"),
         ("unwritten", "7 values of ours are not finite, the first at \\(8, 0\\)"),
