@@ -83,6 +83,8 @@ def can_fail(function: ast.FunctionDef) -> bool:
     for node in ast.walk(function):
         if isinstance(node, ast.Assert):
             return True
+        if isinstance(node, ast.Raise) and node.exc is not None and "AssertionError" in ast.unparse(node.exc):
+            return True
         if isinstance(node, ast.Call):
             name = call_name(node)
             if name in CHECKING_CALLS or name.lstrip("_").startswith(("assert_", "check_")):
