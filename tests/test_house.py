@@ -103,7 +103,7 @@ def unused_comparisons(tree: ast.Module) -> list[int]:
 
 
 def self_comparisons(tree: ast.Module) -> list[int]:
-    """Lines that compare an expression with itself, which tells nothing unless it calls something twice."""
+    """Lines that compare an expression with itself, which tells nothing unless it runs something twice."""
     lines = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Compare):
@@ -112,8 +112,8 @@ def self_comparisons(tree: ast.Module) -> list[int]:
             sides = node.args
         else:
             continue
-        calls = any(isinstance(leaf, ast.Call) for side in sides for leaf in ast.walk(side))
-        if len(sides) > 1 and not calls and ast.dump(sides[0]) == ast.dump(sides[1]):
+        runs = any(isinstance(leaf, (ast.Call, ast.Subscript)) for side in sides for leaf in ast.walk(side))
+        if len(sides) > 1 and not runs and ast.dump(sides[0]) == ast.dump(sides[1]):
             lines.append(node.lineno)
     return lines
 
@@ -207,5 +207,5 @@ def test_the_lint_sees_a_test_that_cannot_fail():
     tree = ast.parse("\n".join(f"def test_{n}():\n    {body}" for n, body in enumerate(bodies)))
     assert [can_fail(function) for function in functions_under_test(tree)] == [False, True, False]
     assert unused_comparisons(tree) == [2, 6]
-    comparing = ["assert x.a == x.a", "assert torch.equal(x, x)", "assert f(x) == f(x)", "assert x == y"]
+    comparing = ["assert x.a == x.a", "assert torch.equal(x, x)", "assert f(x) == f(x)", "assert x[0] == x[0]"]
     assert self_comparisons(ast.parse("\n".join(comparing))) == [1, 2]
