@@ -115,10 +115,14 @@ def _setup_context(ctx, inputs, output) -> None:
     base, ctx.packed, chain, identity, seed, ctx.p, ctx.first_layer, ctx.pairs, ctx.stash = inputs
     ctx.save_for_backward(*output[1:], base, identity, seed, *chain)
     ctx.mark_non_differentiable(*output[1:])
+    # Or autograd would fill the gradients of stashed outputs with zeros, each as large as its stash.
+    ctx.set_materialize_grads(False)
 
 
-def _gradient(ctx, grad: Tensor, _grad_hidden: Tensor, _grad_before: Tensor):
+def _gradient(ctx, grad: Tensor | None, _grad_hidden: Tensor, _grad_before: Tensor):
     hidden, before, base, identity, seed, *chain = ctx.saved_tensors
+    if grad is None:
+        return None, None, [None] * len(chain), *([None] * 6)
     need_base, need_chain = ctx.needs_input_grad[0], any_needed(ctx.needs_input_grad[2])
     grads = _backward(
         grad, hidden, before, base, ctx.packed, chain, identity, seed, ctx.p, ctx.first_layer, ctx.pairs, ctx.stash,

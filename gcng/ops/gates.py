@@ -181,7 +181,9 @@ def _edge_moments_backward_fake(
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in like]
 
 
-edge_moments = define_op(f"edge_moments({_FIELD}, int pairs_per_tile) -> (Tensor, Tensor)", _edge_moments, _edge_moments_fake)
+edge_moments = define_op(
+    f"edge_moments({_FIELD}, int pairs_per_tile) -> (Tensor, Tensor)", _edge_moments, _edge_moments_fake
+)
 _backward = define_op(
     f"edge_moments_backward(Tensor grad_mean, Tensor grad_var, Tensor mean, {_FIELD}, int pairs_per_tile, "
     "bool need_base, bool need_chain) -> Tensor[]",

@@ -16,11 +16,11 @@ from torch import Tensor
 from gcng.ops.class_cross_entropy import streamed_logit_gradient, streamed_logsumexp
 from gcng.ops.gates import GateGradients, GateHead, edge_weights, packed_chunks
 from gcng.ops.messages import any_needed
-from gcng.ops.n_pair import BATCH, FIELD, HEAD, Gates, for_each_side, make_synthesis, prepare_gates
-from gcng.ops.pair_field import Dropout, FieldGradients, LayerState, PairField, with_smaller_tiles
+from gcng.ops.n_pair import BATCH, FIELD, HEAD, Gates, make_synthesis, prepare_gates
+from gcng.ops.pair_field import Dropout, FieldGradients, PairField, with_smaller_tiles
 from gcng.ops.registration import compute_dtype, define_autocast, define_gradient, define_op
 from gcng.ops.synthesis import Side, Synthesis
-from gcng.ops.tiles import Tile, add_tile, load_tile, pair_count, pair_weights, plan_tiles, split_mirror, store_tile
+from gcng.ops.tiles import Tile, add_tile, pair_weights, plan_tiles, split_mirror, store_tile
 
 COSINE_FLOOR = 1e-8  # as torch.nn.functional.cosine_similarity
 CLASSES = "Tensor class_labels, Tensor dropped_class, Tensor classifier_weight, Tensor? classifier_bias"
@@ -363,6 +363,8 @@ def _setup_context(ctx, inputs, output) -> None:
         *optional, *chain,
     )  # fmt: skip
     ctx.mark_non_differentiable(*output[3:])
+    # Or autograd would fill the gradients of stashed outputs with zeros, each as large as its stash.
+    ctx.set_materialize_grads(False)
 
 
 def _gradient(ctx, *upstream):
@@ -373,8 +375,9 @@ def _gradient(ctx, *upstream):
     needs = ctx.needs_input_grad
     need_base, need_chain = needs[4], any_needed(needs[6])
     need_classifier = needs[16] or needs[17]
+    terms = [saved[0].new_zeros(()) if grad is None else grad for grad in upstream[:3]]
     grads = _backward(
-        list(upstream[:3]), *saved, z, kappa, mix, class_start, base, ctx.packed, list(chain), identity, seed, ctx.p,
+        terms, *saved, z, kappa, mix, class_start, base, ctx.packed, list(chain), identity, seed, ctx.p,
         ctx.first_layer, *head, class_labels, dropped, weight, bias, ctx.pairs, need_base, need_chain,
         need_classifier,
     )  # fmt: skip

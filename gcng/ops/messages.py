@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gcng.ops.pair_field import CHAIN_WIDTH, Dropout, FieldGradients, PairField, with_smaller_tiles
+from gcng.ops.pair_field import Dropout, FieldGradients, PairField, with_smaller_tiles
 from gcng.ops.registration import define_autocast, define_gradient, define_op
 from gcng.ops.tiles import load_tile, pair_count, plan_tiles, split_mirror, store_tile
 
@@ -127,10 +127,14 @@ def _setup_context(ctx, inputs, output) -> None:
     base, ctx.packed, chain, identity, seed, ctx.p, ctx.first_layer, weight, bias, ctx.pairs, ctx.stash = inputs
     ctx.save_for_backward(output[1], base, identity, seed, weight, bias, *chain)
     ctx.mark_non_differentiable(output[1])
+    # Or autograd would fill the gradients of stashed outputs with zeros, each as large as its stash.
+    ctx.set_materialize_grads(False)
 
 
-def _gradient(ctx, grad: Tensor, _grad_kept: Tensor):
+def _gradient(ctx, grad: Tensor | None, _grad_kept: Tensor):
     kept, base, identity, seed, weight, bias, *chain = ctx.saved_tensors
+    if grad is None:
+        return None, None, [None] * len(chain), *([None] * 8)
     need_base, need_chain = ctx.needs_input_grad[0], any_needed(ctx.needs_input_grad[2])
     grad_weight, grad_bias, *rest = _backward(
         grad, kept, base, ctx.packed, chain, identity, seed, ctx.p, ctx.first_layer, weight, bias, ctx.pairs,

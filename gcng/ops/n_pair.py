@@ -40,7 +40,9 @@ class Gates(NamedTuple):
         return self.head.gates(self.field.edges(tile))
 
 
-def make_synthesis(op: str, z: Tensor, kappa: Tensor, mix: Tensor, class_start: Tensor, dtype: torch.dtype) -> Synthesis:
+def make_synthesis(
+    op: str, z: Tensor, kappa: Tensor, mix: Tensor, class_start: Tensor, dtype: torch.dtype
+) -> Synthesis:
     """The geometry of a class-major batch, with the mixing numbers checked against its largest class."""
     boundaries = class_boundaries(class_start)
     check_mix(op, mix, max((b - a for a, b in zip(boundaries, boundaries[1:], strict=False)), default=0))
@@ -247,13 +249,15 @@ def _setup_context(ctx, inputs, output) -> None:
     ) = inputs  # fmt: skip
     ctx.save_for_backward(*output[1:], z, kappa, mix, class_start, base, identity, seed, *head, *chain)
     ctx.mark_non_differentiable(*output[1:])
+    # Or autograd would fill the gradients of stashed outputs with zeros, each as large as its stash.
+    ctx.set_materialize_grads(False)
 
 
 def _gradient(ctx, grad: Tensor, *_unused):
     mean, var, lse, kept, z, kappa, mix, class_start, base, identity, seed, *rest = ctx.saved_tensors
     head, chain = rest[:3], rest[3:]
     grad_z = None
-    if ctx.needs_input_grad[0]:
+    if grad is not None and ctx.needs_input_grad[0]:
         grad_z = _backward(
             grad, mean, var, lse, kept, z, kappa, mix, class_start, base, ctx.packed, chain, identity, seed, ctx.p,
             ctx.first_layer, *head, ctx.l2_reg, ctx.pairs,

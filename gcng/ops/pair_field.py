@@ -203,7 +203,8 @@ class FieldGradients:
 
     def chain(self) -> list[Tensor]:
         """Gradients of the chain, in its order."""
-        return [grad for sums, prepared in zip(self.sums, self.field.layers, strict=True) for grad in sums.unfold(prepared)]
+        pairs = zip(self.sums, self.field.layers, strict=True)
+        return [grad for sums, prepared in pairs for grad in sums.unfold(prepared)]
 
 
 class _LayerSums:

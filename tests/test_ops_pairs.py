@@ -1,0 +1,168 @@
+"""The pair ops (messages, edges, edge_moments) against the definition, and their contract with PyTorch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gcng import reference
+from gcng.ops.edges import edges
+from gcng.ops.gates import edge_moments
+from gcng.ops.messages import messages
+from gcng.ops.tiles import plan_tiles
+from tests.edge_chains import gradients, make_edge_case, worst_error
+
+LABELS = [0, 0, 0, 1, 1, 2, 3, 3, 3]
+PAIRS = (1, 4, 17, 1000)  # tiles of one pair, of less than a row, of some rows, of everything
+BOUND = 1e-11
+
+
+def upstream(shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
+    """A random, non-uniform upstream gradient."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("stash", (False, True))
+@pytest.mark.parametrize("pairs", PAIRS)
+@pytest.mark.parametrize(("num_layers", "p"), ((0, 0.0), (1, 0.0), (2, 0.3)))
+def test_messages(num_layers: int, p: float, pairs: int, stash: bool) -> None:
+    case = make_edge_case(LABELS, num_layers=num_layers, p=p)
+    weight, bias = (upstream(size).requires_grad_() for size in ((8, 8), (8,)))
+    leaves = [*case.leaves, weight, bias]
+    truth = reference.messages(case.dense(), weight, bias)
+    ours, _ = messages(*case.field(), weight, bias, pairs, stash)
+    assert worst_error([ours], [truth]) <= BOUND
+    grad = upstream(truth.shape)
+    assert worst_error(gradients((ours * grad).sum(), leaves), gradients((truth * grad).sum(), leaves)) <= BOUND
+
+
+@pytest.mark.parametrize("stash", (False, True))
+@pytest.mark.parametrize("pairs", PAIRS)
+def test_edges_layer_by_layer(pairs: int, stash: bool) -> None:
+    case = make_edge_case(LABELS, num_layers=2, p=0.3)
+    n, width = case.z.shape
+    truth = case.dense()
+    base, _, chain, identity, seed, p, _ = case.field()
+    half = len(chain) // 2
+    first, *_ = edges(base, False, chain[:half], identity, seed, p, 0, pairs, stash)
+    second, *_ = edges(first, True, chain[half:], identity, seed, p, 1, pairs, stash)
+    r, c = torch.triu_indices(n, n)
+    assert worst_error([second], [truth[r, c]]) <= BOUND
+    assert torch.equal(truth, truth.transpose(0, 1)), "edges are symmetric with one mask for each unordered pair"
+    grad = upstream(second.shape)
+    ours, expected = (gradients((x * grad).sum(), case.leaves) for x in (second, truth[r, c]))
+    assert worst_error(ours, expected) <= BOUND
+
+
+@pytest.mark.parametrize("pairs", PAIRS)
+@pytest.mark.parametrize("num_layers", (0, 2))
+def test_edge_moments(num_layers: int, pairs: int) -> None:
+    case = make_edge_case(LABELS, num_layers=num_layers, p=0.3)
+    _, mean, var = reference.batch_norm(case.dense(), torch.ones(8, dtype=torch.float64))
+    ours = edge_moments(*case.field(), pairs)
+    assert worst_error(list(ours), [mean, var]) <= BOUND
+    grads = [upstream((8,)), upstream((8,)).flip(0)]
+    got, expected = (gradients((a * grads[0] + b * grads[1]).sum(), case.leaves) for a, b in (ours, (mean, var)))
+    assert worst_error(got, expected) <= BOUND
+
+
+def test_moments_of_a_common_offset() -> None:
+    # Edges around 1000 with a spread of 1: sums of squares around 0 would lose the variance in float32.
+    generator = torch.Generator().manual_seed(3)
+    packed = 1000 + torch.randn(9 * 10 // 2, 6, generator=generator)
+    identity, seed = torch.arange(9), torch.zeros((), dtype=torch.int64)
+    mean, var = edge_moments(packed, True, [], identity, seed, 0.0, 0, 7)
+    dense = torch.empty(9, 9, 6, dtype=torch.float64)
+    r, c = torch.triu_indices(9, 9)
+    dense[r, c] = dense[c, r] = packed.double()
+    assert torch.allclose(mean.double(), dense.mean((0, 1)), rtol=1e-6)
+    assert torch.allclose(var.double(), dense.var((0, 1), unbiased=False), rtol=1e-4)
+
+
+@pytest.mark.parametrize("utility", ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"))
+def test_opcheck(utility: str) -> None:
+    case = make_edge_case([0, 0, 1, 1, 2], width=4, p=0.3)
+    base, _, chain, identity, seed, p, _ = case.field()
+    field = [base.detach().requires_grad_(), False, [x.detach().requires_grad_() for x in chain], identity, seed, p, 0]
+    weight = upstream((4, 4)).t().requires_grad_()  # not contiguous
+    for stash in (False, True):
+        torch.library.opcheck(messages, (*field, weight, upstream((4,)), 5, stash), test_utils=utility)
+        result = torch.library.opcheck(edges, (*field, 5, stash), test_utils=utility)
+        assert set(result.values()) == {"SUCCESS"}
+    assert set(torch.library.opcheck(edge_moments, (*field, 5), test_utils=utility).values()) == {"SUCCESS"}
+
+
+def test_gradcheck() -> None:
+    case = make_edge_case([0, 0], width=2, p=0.3)
+    weight, bias = (upstream(size).requires_grad_() for size in ((2, 2), (2,)))
+    inputs = [*case.leaves, weight, bias]
+
+    def run(*leaves: torch.Tensor) -> torch.Tensor:
+        # Folding runs on the leaves of the case, which gradcheck perturbs in place.
+        return messages(*case.field(), weight, bias, 2, False)[0] + 0 * sum(x.sum() for x in leaves)
+
+    assert torch.autograd.gradcheck(run, inputs)
+
+
+def test_only_asked_for_gradients() -> None:
+    case = make_edge_case(LABELS)
+    base, packed, chain, *rest = case.field()
+    constants = [x.detach() for x in chain]
+    weight = upstream((8, 8)).requires_grad_()
+    out, _ = messages(base.detach(), packed, constants, *rest, weight, upstream((8,)), 10, False)
+    out.sum().backward()
+    assert weight.grad is not None and case.z.grad is None
+    only_base = base.detach().requires_grad_()
+    out, _ = messages(only_base, packed, constants, *rest, weight.detach(), upstream((8,)), 10, False)
+    (grad,) = torch.autograd.grad((out * upstream(out.shape)).sum(), only_base)
+    assert grad.shape == base.shape and grad.abs().max() > 0
+
+
+def test_backward_repeats_and_refuses_a_second_derivative() -> None:
+    case = make_edge_case(LABELS, num_layers=2, p=0.3)
+    weight = upstream((8, 8)).requires_grad_()
+    leaves = [*case.leaves, weight]
+    out, _ = messages(*case.field(), weight, upstream((8,)), 10, True)
+    value = (out * upstream(out.shape)).sum()
+    first = torch.autograd.grad(value, leaves, retain_graph=True)
+    again = torch.autograd.grad(value, leaves, retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    with pytest.raises(NotImplementedError, match="double backward is not supported; use gcng.reference_mode"):
+        torch.autograd.grad(value, leaves, create_graph=True)
+
+
+def test_upstream_gradient_layouts() -> None:
+    case = make_edge_case(LABELS)
+    weight = upstream((8, 8)).requires_grad_()
+
+    def grads_for(grad: torch.Tensor) -> torch.Tensor:
+        out, _ = messages(*case.field(), weight, upstream((8,)), 10, False)
+        return torch.autograd.grad(out, weight, grad)[0]
+
+    dense = upstream((9, 8))
+    strided = upstream((9, 16))[:, ::2].copy_(dense)
+    transposed = torch.empty(8, 9, dtype=torch.float64).t().copy_(dense)
+    assert torch.equal(grads_for(dense), grads_for(strided))
+    assert torch.equal(grads_for(dense), grads_for(transposed))
+    row = upstream((8,))
+    assert torch.equal(grads_for(row.expand(9, 8)), grads_for(row.repeat(9, 1)))
+
+
+@pytest.mark.parametrize("boundaries", (None, [0, 3, 4, 9, 10, 23]))
+def test_tiles_cover_every_pair_once(boundaries: list[int] | None) -> None:
+    for n in (1, 2, 5, 23) if boundaries is None else (23,):
+        for pairs in (1, 6, 50, 10_000):
+            seen = torch.zeros(n, n)
+            for tile in plan_tiles(n, pairs, boundaries):
+                assert tile.c0 == tile.r0 or tile.c0 >= tile.r1
+                assert boundaries is None or set(tile) <= set(boundaries)
+                seen[tile.rows, tile.columns] += 1
+                seen[tile.mirrored, tile.rows] += 1
+            assert bool((seen == 1).all()), (n, pairs)
+
+
+def test_large_tile_plans_are_cheap_and_bounded() -> None:
+    tiles = plan_tiles(4096, 2048)
+    assert max(t.shape[0] * t.shape[1] for t in tiles) <= 2048
+    pairs = sum(t.shape[0] * t.shape[1] for t in tiles)
+    assert pairs <= 1.05 * 4096 * 4097 / 2, "the squares on the diagonal cost little"
