@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -39,9 +41,7 @@ def test_later_layers_win(tmp_path):
     assert config.loss.alpha == 3.0 and isinstance(config.loss.alpha, float)
     assert config.loss.beta == 8.0
     assert config.loss.num_layers == 2  # from the recipe
-    assert (
-        load_config(path, recipe="sop/resnet50").loss.num_layers == 1
-    )  # the argument replaces the file's recipe
+    assert load_config(path, recipe="sop/resnet50").loss.num_layers == 1  # the argument replaces the file's recipe
 
 
 def test_overrides_are_parsed_by_the_type_of_their_key():
@@ -153,3 +153,10 @@ def test_reading_a_configuration_imports_no_torch():
         "sys.exit(int(any(m in sys.modules for m in ('torch', 'numpy'))))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_configuration_in_the_documentation_is_valid(tmp_path):
+    text = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    config = load_config(write(tmp_path, block))
+    assert config.run.output == "runs/letters" and config.model.embedding_size == 64
