@@ -28,7 +28,7 @@ def _center_normalize(x: Tensor) -> tuple[Tensor, Tensor]:
     inverse_norm = torch.where(norm > floor, 1.0 / norm, torch.zeros_like(norm))
     # where, not a product: a NaN row must stay NaN, and a constant one must be exactly 0.
     unit = torch.where(norm <= floor, torch.zeros_like(centered), centered / norm)
-    return unit.to(x.dtype), inverse_norm
+    return unit.to(x.dtype).contiguous(), inverse_norm.contiguous()
 
 
 def _center_normalize_fake(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,16 +42,14 @@ def _center_normalize_backward(grad: Tensor, unit: Tensor, inverse_norm: Tensor)
     grad_wide, unit_wide = grad.to(dtype), unit.to(dtype)
     radial = (grad_wide * unit_wide).sum(-1, keepdim=True)
     grad_x = inverse_norm * (grad_wide - grad_wide.mean(-1, keepdim=True) - unit_wide * radial)
-    return torch.where(inverse_norm == 0, torch.zeros_like(grad_x), grad_x).to(unit.dtype)
+    return torch.where(inverse_norm == 0, torch.zeros_like(grad_x), grad_x).to(unit.dtype).contiguous()
 
 
 def _center_normalize_backward_fake(grad: Tensor, unit: Tensor, inverse_norm: Tensor) -> Tensor:
     return torch.empty_like(unit, memory_format=torch.contiguous_format)
 
 
-_forward = define_op(
-    "center_normalize(Tensor x) -> (Tensor, Tensor)", _center_normalize, _center_normalize_fake
-)
+_forward = define_op("center_normalize(Tensor x) -> (Tensor, Tensor)", _center_normalize, _center_normalize_fake)
 _backward = define_op(
     "center_normalize_backward(Tensor grad, Tensor unit, Tensor inverse_norm) -> Tensor",
     _center_normalize_backward,
@@ -104,9 +102,7 @@ def _correlation_topk(
     labels: Tensor | None,
     ref_labels: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    return nearest_rows(
-        x, ref, k, centered=True, self_index=self_index, labels=labels, reference_labels=ref_labels
-    )
+    return nearest_rows(x, ref, k, centered=True, self_index=self_index, labels=labels, reference_labels=ref_labels)
 
 
 def _correlation_topk_fake(
