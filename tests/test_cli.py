@@ -134,6 +134,8 @@ def test_help_names_the_commands_that_exist_and_every_key(capsys):
             "num_samples must be a positive integer, got 0",
         ),
         (["estimate", "--samples", "9", "--embedding-size", "8", "--budget", "x"], "memory_budget is 'x'"),
+        (["estimate", "--samples", "900", "--embedding-size", "64", "--budget", "1KiB"], "memory_budget"),
+        (["train", "--loss.memory_budget", "1KiB", "--dry-run"], "memory_budget"),
         (["recipes"], "the following arguments are required: ACTION"),
         (["recipes", "show", "sop"], "unknown recipe 'sop'"),
     ],
@@ -225,7 +227,8 @@ def wait_for(condition, process, seconds=120):
         time.sleep(0.02)
 
 
-def test_interrupt_saves_and_leaves_with_130_and_a_kill_loses_no_checkpoint(tmp_path, small_run):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_saves_and_leaves_with_130_and_a_kill_loses_no_checkpoint(tmp_path, small_run, number):
     output = tmp_path / "run"
     settings = ["--evaluation.every", "0", "--schedule.epochs", "400", "--checkpoint.keep", "2"]
     words = [sys.executable, "-m", "gcng", "train", small_run, "--output", str(output), *settings]
@@ -235,22 +238,23 @@ def test_interrupt_saves_and_leaves_with_130_and_a_kill_loses_no_checkpoint(tmp_
         return [r["step"] for r in read_records(log) if r["kind"] == "step"] if log.exists() else []
 
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
-    process = subprocess.Popen(words, **streams)
+    # To the whole group, loader processes included, as a terminal or a job scheduler does it.
+    process = subprocess.Popen([*words, "--data.workers", "2"], start_new_session=True, **streams)
     wait_for(lambda: len(steps()) > 3, process)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and out == ""
     reached = steps()[-1]
     assert err.strip() == f"gcng train: stopped after step {reached}; continue with --resume"
     newest = sorted((output / "checkpoints").glob("step-*.pt"))[-1]
-    assert load_checkpoint(newest)["step"] == reached
+    assert load_checkpoint(newest)["progress"]["step"] == reached
 
     process = subprocess.Popen([*words, "--resume"], **streams)
     wait_for(lambda: steps()[-1] > reached + 6, process)
     process.kill()
     process.communicate(timeout=60)
     killed_after = steps()[-1]
-    saved = load_checkpoint(sorted((output / "checkpoints").glob("step-*.pt"))[-1])["step"]
+    saved = load_checkpoint(sorted((output / "checkpoints").glob("step-*.pt"))[-1])["progress"]["step"]
     assert killed_after - 4 <= saved <= killed_after + 1  # an epoch has 3 steps
 
 
@@ -263,9 +267,7 @@ def test_diverging_run_leaves_with_3(tmp_path, capsys, small_run):
         "--run.nonfinite_limit",
         "2",
     ]
-    assert (
-        main(["train", small_run, "--output", str(tmp_path / "run"), "--evaluation.every", "0", *words]) == 3
-    )
+    assert main(["train", small_run, "--output", str(tmp_path / "run"), "--evaluation.every", "0", *words]) == 3
     assert "2 steps in a row had a" in last_line(capsys)
 
 
@@ -299,9 +301,7 @@ def test_evaluation_of_files(arrays, monkeypatch, capsys):
     from gcng.evaluation import evaluate_retrieval
 
     query, gallery = np.load("query.npz"), np.load("gallery.npz")
-    pairs = [
-        torch.from_numpy(archive[name]) for archive in (query, gallery) for name in ("embeddings", "labels")
-    ]
+    pairs = [torch.from_numpy(archive[name]) for archive in (query, gallery) for name in ("embeddings", "labels")]
     alone = evaluate_retrieval(*pairs[:2], k=(1, 3))
     against = evaluate_retrieval(*pairs, k=(1, 2, 4, 8))
     words = ["eval", "query.npy", "--labels", "labels.npy", "--k", "1", "3", "--json"]
@@ -313,9 +313,7 @@ def test_evaluation_of_files(arrays, monkeypatch, capsys):
         assert json.loads(capsys.readouterr().out) == against
     assert main(["eval", "query.npz"]) == 0
     table = dict(line.split() for line in capsys.readouterr().out.splitlines())
-    assert table["num_queries"] == "30" and float(table["recall_at_1"]) == pytest.approx(
-        alone["recall_at_1"], abs=1e-4
-    )
+    assert table["num_queries"] == "30" and float(table["recall_at_1"]) == pytest.approx(alone["recall_at_1"], abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -339,9 +337,7 @@ def test_files_that_cannot_be_evaluated(arrays, monkeypatch, capsys, words, mess
 def test_estimate_from_numbers_and_from_a_recipe(capsys):
     import gcng
 
-    assert (
-        main(["estimate", "--samples", "1024", "--embedding-size", "128", "--budget", "700MB", "--json"]) == 0
-    )
+    assert main(["estimate", "--samples", "1024", "--embedding-size", "128", "--budget", "700MB", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     expected = gcng.estimate_memory(1024, 128, memory_budget="700MB")
     assert (found["peak_bytes"], found["terms"]) == (expected.peak_bytes, expected.terms)

@@ -160,3 +160,13 @@ def test_configuration_in_the_documentation_is_valid(tmp_path):
     (block,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
     config = load_config(write(tmp_path, block))
     assert config.run.output == "runs/letters" and config.model.embedding_size == 64
+
+
+def test_public_names_exist_and_others_do_not():
+    import gcng.training
+
+    for name in gcng.training.__all__:
+        assert getattr(gcng.training, name).__name__ == name
+    assert set(gcng.training.__all__) <= set(dir(gcng.training))
+    with pytest.raises(AttributeError, match="no attribute 'absent'"):
+        getattr(gcng.training, "absent")  # noqa: B009

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -93,6 +94,26 @@ def test_missing_tensorboard_is_a_config_error(tmp_path, monkeypatch):
     settings = load_config(overrides=[f"run.output={tmp_path}", "logging.tensorboard=true"])
     with pytest.raises(ConfigError, match="pip install tensorboard"):
         RunReport(settings)
+
+
+def test_tensorboard_gets_the_numbers_of_every_record(tmp_path, monkeypatch):
+    written = []
+
+    class Writer:
+        def __init__(self, folder):
+            written.append(folder)
+
+        def add_scalar(self, name, value, step):
+            written.append((name, value, step))
+
+        def close(self):
+            written.append("closed")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    report = RunReport(load_config(overrides=[f"run.output={tmp_path}", "logging.tensorboard=true"]))
+    report.event("epoch", 7, n_pair=0.5, text="not a number")
+    report.close()
+    assert written == [str(tmp_path / "tensorboard"), ("epoch/n_pair", 0.5, 7), "closed"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

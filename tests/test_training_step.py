@@ -41,9 +41,7 @@ class SmallCriterion(nn.Module):
         self.poison = {}
 
     def _finish(self, phase, loss):
-        self.calls.append(
-            (phase, self.graph["both"].weight.detach().clone(), self.classifier.weight.detach().clone())
-        )
+        self.calls.append((phase, self.graph["both"].weight.detach().clone(), self.classifier.weight.detach().clone()))
         return loss * self.poison.get(phase, 1.0)
 
     def metric_terms(self, z, labels, *, mix=None, generator=None):
@@ -145,9 +143,7 @@ def test_generator_phase_sees_stepped_graph_and_classifier_and_gradients_are_dro
     assert [call[0] for call in criterion.calls] == ["metric", "classifier", "generator"]
     assert torch.equal(graph_1, graph_2) and torch.equal(class_1, class_2)
     assert not torch.equal(graph_1, graph_3) and not torch.equal(class_1, class_3)
-    assert torch.equal(
-        class_3, criterion.classifier.weight
-    )  # (27) has a gradient for it, which is thrown away
+    assert torch.equal(class_3, criterion.classifier.weight)  # (27) has a gradient for it, which is thrown away
     assert criterion.mix == ["a", None]
     assert all(p.grad is None for p in [*extractor.parameters(), *criterion.parameters()])
     assert not any(value.requires_grad for value in terms.named().values())
@@ -175,9 +171,7 @@ def test_norm_clipping_bounds_each_part_and_spares_the_classifier():
 
         optimizer.register_step_pre_hook(record)
     train_step(extractor, criterion, 100 * inputs, labels, optimizers, clip_norm=1e-3)
-    assert (
-        max(seen["extractor"] + seen["graph"]) < 1.001e-3 and min(seen["extractor"] + seen["graph"]) > 0.9e-3
-    )
+    assert max(seen["extractor"] + seen["graph"]) < 1.001e-3 and min(seen["extractor"] + seen["graph"]) > 0.9e-3
     assert seen["classifier"][0] > 0.01 and [len(seen[n]) for n in ("extractor", "graph", "classifier")] == [
         1,
         2,

@@ -27,7 +27,7 @@ from gcng.training import (
     save_checkpoint,
 )
 from gcng.training.records import RunReport
-from gcng.training.runs import _equal as equal
+from gcng.training.runs import states_equal as equal
 from gcng.training.trainer import Trainer
 
 EPOCHS, LENGTH = 3, 4
@@ -129,7 +129,7 @@ def test_resume_at_every_step_is_bitwise(tmp_path, workers):
     states = run_and_keep_every_state(tmp_path, straight)
     assert sorted(states) == list(range(1, EPOCHS * LENGTH + 1))
     expected, expected_losses = final_state(straight), losses(straight)
-    assert expected["epoch"] == EPOCHS and len(expected_losses) == EPOCHS * (LENGTH + 1)
+    assert expected["progress"]["epoch"] == EPOCHS and len(expected_losses) == EPOCHS * (LENGTH + 1)
     for step, path in states.items():
         resumed = config(tmp_path / f"from-{step}", f"data.workers={workers}", "schedule.warm_up_epochs=1")
         torch.manual_seed(99)  # the process that resumes has another random state
@@ -138,9 +138,7 @@ def test_resume_at_every_step_is_bitwise(tmp_path, workers):
         assert equal(final_state(resumed), expected), f"after step {step}"
         assert (
             losses(resumed)
-            == [r for r in expected_losses if r["step"] > step or r["kind"] == "epoch"][
-                -len(losses(resumed)) :
-            ]
+            == [r for r in expected_losses if r["step"] > step or r["kind"] == "epoch"][-len(losses(resumed)) :]
         )
 
 
@@ -173,7 +171,7 @@ def test_signal_saves_after_the_step_and_the_rest_is_bitwise(tmp_path, number, a
     with pytest.raises(Interrupted, match=f"stopped after step {at}; continue with --resume"):
         fit(stopped, stream=io.StringIO(), on_step=interrupt, **parts())
     assert signal.getsignal(number) is before
-    assert final_state(stopped)["step"] == at
+    assert final_state(stopped)["progress"]["step"] == at
     assert Interrupted.exit_code == 130
     fit(stopped, resume=True, stream=io.StringIO(), **parts())
     assert equal(final_state(stopped), final_state(straight))
@@ -214,7 +212,7 @@ def test_resume_refuses_weights_that_do_not_fit(tmp_path):
         fit(settings, resume=True, stream=io.StringIO(), **other)
     path = tmp_path / "half.pt"
     save_checkpoint(path, {"extractor": {}})
-    with pytest.raises(CheckpointError, match="the checkpoint has no entry best, config, config_hash"):
+    with pytest.raises(CheckpointError, match="the checkpoint has no entry config, config_hash, criterion"):
         fit(settings, resume=path, stream=io.StringIO(), **parts())
 
 
@@ -266,9 +264,7 @@ def test_too_many_bad_steps_end_the_run_as_diverged(tmp_path, policy, steps):
     settings = config(tmp_path / "run", f"run.nonfinite_policy={policy}", "run.nonfinite_limit=3")
     given = parts()
     given["data"] = dataclasses.replace(given["data"], train=Poisoned(set(range(24))))
-    with pytest.raises(
-        DivergedError, match=f"{steps} steps in a row had a loss that is not finite"
-    ) as caught:
+    with pytest.raises(DivergedError, match=f"{steps} steps in a row had a loss that is not finite") as caught:
         fit(settings, stream=io.StringIO(), **given)
     assert caught.value.exit_code == 3
 
@@ -323,9 +319,7 @@ def test_learning_rates_follow_the_published_schedules(tmp_path):
         assert (backbone, head) == pytest.approx((0.01 * decay, 0.02 * decay))
         assert graph == pytest.approx(1.5e-4 * (1 + math.cos(math.pi * epoch / EPOCHS)) / 2)
         assert classifier == 1e-3
-    decays = [
-        o.param_groups[0]["weight_decay"] for o in (trainer.optimizers.graph, trainer.optimizers.classifier)
-    ]
+    decays = [o.param_groups[0]["weight_decay"] for o in (trainer.optimizers.graph, trainer.optimizers.classifier)]
     assert decays == [1e-4, 0.01]
 
 
@@ -345,6 +339,13 @@ def test_warm_up_trains_the_head_only_and_frozen_norms_keep_their_statistics(tmp
     report.close()
     assert seen[2 * LENGTH - 1] == {"head.weight", "head.bias"}
     assert seen[-1] == {name for name in start if "running" not in name and "num_batches" not in name}
+
+
+def test_extractor_of_another_width_is_a_config_error(tmp_path):
+    given = parts()
+    given["extractor"].head = nn.Linear(12, 9)
+    with pytest.raises(ConfigError, match=r"model.embedding_size, .* into \(1, 9\); expected \(1, 8\)"):
+        Trainer(config(tmp_path / "run"), **given)
 
 
 def test_frozen_parts_that_do_not_exist_are_config_errors(tmp_path):
@@ -378,7 +379,7 @@ def test_evaluation_keeps_the_best_checkpoint(tmp_path):
     assert len(values) == EPOCHS and result.best["recall_at_1"] == max(values)
     best = values.index(max(values)) + 1
     assert result.best_checkpoint.endswith(f"step-{best * LENGTH:09d}.pt")
-    assert load_checkpoint(result.best_checkpoint)["epoch"] == best
+    assert load_checkpoint(result.best_checkpoint)["progress"]["epoch"] == best
     with pytest.raises(ConfigError, match="checkpoint.best_metric is 'accuracy'; the evaluation gives"):
         fit(
             config(tmp_path / "b", "evaluation.every=1", "checkpoint.best_metric=accuracy"),
@@ -391,9 +392,9 @@ def test_evaluation_does_not_change_the_run(tmp_path):
     plain, evaluated = config(tmp_path / "a"), config(tmp_path / "b", "evaluation.every=1", "evaluation.k=1")
     for settings in (plain, evaluated):
         fit(settings, stream=io.StringIO(), **parts())
-    ignored = ("config_hash", "best", "last")
+    ignored = ("config_hash", "progress")
     states = [{k: v for k, v in final_state(s).items() if k not in ignored} for s in (plain, evaluated)]
-    assert equal(*states)
+    assert equal(*states) and losses(plain) == losses(evaluated)
 
 
 def test_dry_run_leaves_nothing_behind(tmp_path, monkeypatch):

@@ -61,6 +61,9 @@ def _run(known: argparse.Namespace) -> int:
             raise
         print(f"gcng {known.command}: {error}", file=sys.stderr)
         return EXIT_CONFIG
+    except MemoryError as error:  # a memory budget that is too small; the message names its terms
+        print(f"gcng {known.command}: {str(error) or 'out of memory'}", file=sys.stderr)
+        return EXIT_CONFIG
     except KeyboardInterrupt:
         print(f"gcng {known.command}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -49,9 +49,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     from gcng.training.config_io import config_keys
 
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="TOML file")
-    parser.add_argument(
-        "--recipe", metavar="NAME", help="published setting to start from (gcng recipes list)"
-    )
+    parser.add_argument("--recipe", metavar="NAME", help="published setting to start from (gcng recipes list)")
     parser.add_argument("--output", metavar="DIR", help="short for --run.output")
     parser.add_argument(
         "--resume",
@@ -62,33 +60,21 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         help="continue from the newest checkpoint of the output folder (a fresh start where there is none), "
         "or from the given file",
     )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="one step of everything; leaves nothing behind"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="one step of everything; leaves nothing behind")
     parser.add_argument("--show-config", action="store_true", help="print the whole configuration and leave")
     _add_settings(parser)
     _add_json(parser)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     width = max(map(len, config_keys()))
-    parser.epilog = EPILOG_TRAIN + "\n".join(
-        f"  {key:<{width}}  {text}" for key, text in config_keys().items()
-    )
+    parser.epilog = EPILOG_TRAIN + "\n".join(f"  {key:<{width}}  {text}" for key, text in config_keys().items())
 
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "embeddings", nargs="?", metavar="EMBEDDINGS", help=".npz with embeddings and labels, or .npy"
-    )
+    parser.add_argument("embeddings", nargs="?", metavar="EMBEDDINGS", help=".npz with embeddings and labels, or .npy")
     parser.add_argument("--labels", metavar="FILE", help=".npy of labels, where EMBEDDINGS is a .npy")
-    parser.add_argument(
-        "--reference", metavar="FILE", help="gallery: .npz with embeddings and labels, or .npy"
-    )
-    parser.add_argument(
-        "--reference-labels", metavar="FILE", help=".npy of labels, where --reference is a .npy"
-    )
-    parser.add_argument(
-        "--checkpoint", metavar="PATH", help="checkpoint file or output folder of a run instead"
-    )
+    parser.add_argument("--reference", metavar="FILE", help="gallery: .npz with embeddings and labels, or .npy")
+    parser.add_argument("--reference-labels", metavar="FILE", help=".npy of labels, where --reference is a .npy")
+    parser.add_argument("--checkpoint", metavar="PATH", help="checkpoint file or output folder of a run instead")
     parser.add_argument(
         "--k", type=int, nargs="+", metavar="K", help="ranks of Recall@K (default: the run's, or 1 2 4 8)"
     )
@@ -97,9 +83,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_embed(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--checkpoint", required=True, metavar="PATH", help="checkpoint file or output folder of a run"
-    )
+    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="checkpoint file or output folder of a run")
     parser.add_argument("--output", required=True, metavar="FILE", help=".npz to write: embeddings, labels")
     parser.add_argument(
         "--split",
@@ -146,12 +130,8 @@ COMMANDS = {
         True,
         reports_input_errors=True,
     ),
-    "embed": Command(
-        "embed", "write the embeddings of a data set", _add_embed, True, reports_input_errors=True
-    ),
-    "estimate": Command(
-        "estimate", "predict the peak memory of the loss", _add_estimate, reports_input_errors=True
-    ),
+    "embed": Command("embed", "write the embeddings of a data set", _add_embed, True, reports_input_errors=True),
+    "estimate": Command("estimate", "predict the peak memory of the loss", _add_estimate, reports_input_errors=True),
     "env": Command("env", "versions, devices, and what runs on them", _add_json),
     "recipes": Command("recipes", "list, show and import settings", _add_recipes, reports_input_errors=True),
 }

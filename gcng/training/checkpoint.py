@@ -35,9 +35,7 @@ _END_RECORD = b"PK\x05\x06"
 _NAME = re.compile(r"step-(\d{9})\.pt")
 
 
-def save_checkpoint(
-    path: str | Path, state: dict[str, Any], *, manifest: dict[str, Any] | None = None
-) -> None:
+def save_checkpoint(path: str | Path, state: dict[str, Any], *, manifest: dict[str, Any] | None = None) -> None:
     """Write ``state`` to ``path`` atomically: afterwards ``path`` is either the old file or the whole new
     one.
 
@@ -75,15 +73,11 @@ def _append_comment(file, note: bytes) -> None:
     size = file.seek(0, os.SEEK_END)
     file.seek(size - _COMMENT_LENGTH.size)
     if size < 22 or file.read(_COMMENT_LENGTH.size) != b"\0\0":
-        raise OSError(
-            f"writing {file.name}: torch.save left an archive of {size} bytes with an unexpected end"
-        )
+        raise OSError(f"writing {file.name}: torch.save left an archive of {size} bytes with an unexpected end")
     digest = _digest(file, size - _COMMENT_LENGTH.size, note)
     comment = b" ".join([_MAGIC, digest.encode(), note])
     if len(comment) > _MAX_COMMENT:
-        raise ValueError(
-            f"save_checkpoint: manifest takes {len(note)} bytes, at most {_MAX_COMMENT - 100} fit"
-        )
+        raise ValueError(f"save_checkpoint: manifest takes {len(note)} bytes, at most {_MAX_COMMENT - 100} fit")
     file.seek(size - _COMMENT_LENGTH.size)
     file.write(_COMMENT_LENGTH.pack(len(comment)) + comment)
 
@@ -203,9 +197,7 @@ class CheckpointFolder:
         path = self.folder / str(name)
         return path if _NAME.fullmatch(path.name) and path.is_file() else None
 
-    def save(
-        self, step: int, state: dict[str, Any], *, manifest: dict[str, Any], is_best: bool = False
-    ) -> Path:
+    def save(self, step: int, state: dict[str, Any], *, manifest: dict[str, Any], is_best: bool = False) -> Path:
         """Write the checkpoint of ``step``, point ``best.json`` at it if asked to, remove old ones."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step-{step:09d}.pt"

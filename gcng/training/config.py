@@ -67,9 +67,7 @@ class DataConfig:
 class ModelConfig:
     """The embedding extractor."""
 
-    backbone: str = bounded(
-        "small_conv", "small_conv, torchvision:NAME, timm:NAME or an import path MODULE:CALLABLE"
-    )
+    backbone: str = bounded("small_conv", "small_conv, torchvision:NAME, timm:NAME or an import path MODULE:CALLABLE")
     embedding_size: int = bounded(512, "D: width of the embeddings", at_least=1)
     pretrained: bool = bounded(False, "start from the backbone's published weights")
     normalize: bool = bounded(False, "scale embeddings to unit length")
@@ -88,12 +86,8 @@ class LossConfig:
     num_layers: int = bounded(1, "L: propagation layers", at_least=1)
     num_heads: int = bounded(2, "H: attention heads; divides the embedding size", at_least=1)
     alpha: float = bounded(5.0, "how fast hardness grows as the N-pair loss falls (16)", at_least=0)
-    beta: float = bounded(
-        20.0, "how fast the synthetic term fades in as the generator loss falls (21)", at_least=0
-    )
-    softmax_factor: float = bounded(
-        20.0, "weight of the class cross-entropy of synthetic negatives (24)", at_least=0
-    )
+    beta: float = bounded(20.0, "how fast the synthetic term fades in as the generator loss falls (21)", at_least=0)
+    softmax_factor: float = bounded(20.0, "weight of the class cross-entropy of synthetic negatives (24)", at_least=0)
     similarity_weight: float = bounded(20.0, "weight of the similarity term (25)", at_least=0)
     diversity_weight: float = bounded(60.0, "weight of the diversity term (26)", at_least=0)
     l2_reg: float = bounded(3e-3, "weight of the squared norm in the N-pair losses", at_least=0)
@@ -108,9 +102,7 @@ class OptimizerConfig:
     """Three AdamW: extractor, graph network, classifier."""
 
     extractor_lr: float = bounded(2e-4, "learning rate of the extractor", above=0)
-    embedding_ratio: float = bounded(
-        1.0, "learning rate of the embedding head over that of the backbone", above=0
-    )
+    embedding_ratio: float = bounded(1.0, "learning rate of the embedding head over that of the backbone", above=0)
     graph_lr: float = bounded(1.5e-4, "learning rate of the graph network", above=0)
     classifier_lr: float = bounded(1e-3, "learning rate of the softmax classifier", above=0)
     weight_decay: float = bounded(1e-4, "decay of extractor and graph network", at_least=0)
@@ -125,14 +117,10 @@ class ScheduleConfig:
 
     epochs: int = bounded(200, "epochs of the run", at_least=1)
     warm_up_epochs: int = bounded(1, "first epochs in which only the embedding head is trained", at_least=0)
-    extractor_policy: str = bounded(
-        "step", "learning rate of the extractor over epochs", choices=("step", "constant")
-    )
+    extractor_policy: str = bounded("step", "learning rate of the extractor over epochs", choices=("step", "constant"))
     metric_decay_steps: int = bounded(20, "epochs between two decays of the extractor's rate", at_least=1)
     metric_gamma: float = bounded(0.5, "factor of each decay", above=0)
-    graph_policy: str = bounded(
-        "cosine", "learning rate of the graph over epochs", choices=("cosine", "constant")
-    )
+    graph_policy: str = bounded("cosine", "learning rate of the graph over epochs", choices=("cosine", "constant"))
 
 
 @dataclass(frozen=True)
@@ -159,9 +147,7 @@ class LoggingConfig:
     """What is written while the run goes on. The JSON-lines log is always written."""
 
     every: int = bounded(10, "steps between two log records", at_least=1)
-    progress: str = bounded(
-        "auto", "progress bar on stderr; auto is on a terminal", choices=("auto", "on", "off")
-    )
+    progress: str = bounded("auto", "progress bar on stderr; auto is on a terminal", choices=("auto", "on", "off"))
     tensorboard: bool = bounded(False, "also write TensorBoard scalars (needs the tensorboard package)")
 
 

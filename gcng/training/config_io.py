@@ -147,11 +147,7 @@ def _build(values: Mapping[str, tuple[Any, str]]) -> Config:
             raise ConfigError(f"{source}: unknown key {key!r}{_nearest(key, _LEAVES)}")
         leaf, kind = _LEAVES[key]
         section, _, name = key.partition(".")
-        parsed = (
-            _parse(value, kind, key, source)
-            if isinstance(value, _Text)
-            else _coerce(value, kind, key, source)
-        )
+        parsed = _parse(value, kind, key, source) if isinstance(value, _Text) else _coerce(value, kind, key, source)
         _check_bounds(parsed, leaf, key, source)
         sections[section][name] = parsed
     config = Config(**{name: _SECTIONS[name](**content) for name, content in sections.items()})
@@ -161,9 +157,7 @@ def _build(values: Mapping[str, tuple[Any, str]]) -> Config:
 
 def _type_name(kind: Any) -> str:
     if isinstance(kind, types.UnionType):
-        return " or ".join(
-            "none" if part is types.NoneType else _type_name(part) for part in typing.get_args(kind)
-        )
+        return " or ".join("none" if part is types.NoneType else _type_name(part) for part in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
         return f"a list of {_type_name(typing.get_args(kind)[0])}"
     return {bool: "true or false", int: "an integer", float: "a number", str: "a string"}[kind]
@@ -231,19 +225,14 @@ def _check_together(config: Config) -> None:
     """Checks that need more than one key, or that a single bound cannot express."""
     optimizer, loss, model, data = config.optimizer, config.loss, config.model, config.data
     if optimizer.clip_value is not None and optimizer.clip_norm is not None:
-        raise ConfigError(
-            "optimizer.clip_value and optimizer.clip_norm are both given; set one of them to 'none'"
-        )
+        raise ConfigError("optimizer.clip_value and optimizer.clip_norm are both given; set one of them to 'none'")
     if model.embedding_size % loss.num_heads:
         raise ConfigError(
-            "loss.num_heads must divide model.embedding_size, "
-            f"got {loss.num_heads} and {model.embedding_size}"
+            f"loss.num_heads must divide model.embedding_size, got {loss.num_heads} and {model.embedding_size}"
         )
     low_high = data.crop_scale
     if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1] <= 1:
-        raise ConfigError(
-            f"data.crop_scale must be [low, high] with 0 < low <= high <= 1, got {list(low_high)}"
-        )
+        raise ConfigError(f"data.crop_scale must be [low, high] with 0 < low <= high <= 1, got {list(low_high)}")
     if not config.evaluation.k or min(config.evaluation.k) < 1:
         raise ConfigError(f"evaluation.k must be one or more ranks >= 1, got {list(config.evaluation.k)}")
     kind, _, index = config.run.device.partition(":")
@@ -288,19 +277,13 @@ def config_hash(config: Config) -> str:
 def flat_values(config: Config) -> dict[str, Any]:
     """Dotted key to value."""
     nested = as_nested(config)
-    return {
-        f"{section}.{name}": value for section, content in nested.items() for name, value in content.items()
-    }
+    return {f"{section}.{name}": value for section, content in nested.items() for name, value in content.items()}
 
 
 def changed_keys(saved: Mapping[str, Mapping[str, Any]], config: Config) -> list[str]:
     """Keys that change results and whose saved values differ from those of ``config``."""
-    before = {
-        f"{section}.{name}": value for section, content in saved.items() for name, value in content.items()
-    }
+    before = {f"{section}.{name}": value for section, content in saved.items() for name, value in content.items()}
     now = flat_values(config)
     return sorted(
-        key
-        for key in before.keys() | now.keys()
-        if key not in FREE_ON_RESUME and before.get(key) != now.get(key)
+        key for key in before.keys() | now.keys() if key not in FREE_ON_RESUME and before.get(key) != now.get(key)
     )

@@ -59,10 +59,15 @@ class RunData:
     test: Any = None
     gallery: Any = None
 
+    def sample(self) -> Tensor:
+        """One training input. What its augmentation draws does not move the run's random state."""
+        with seeded_randomness(0):
+            return torch.as_tensor(self.train[0][0])
+
     def in_channels(self) -> int:
-        """Channels of the inputs: the first extent of a sample."""
-        with seeded_randomness(0):  # the sample's augmentation must not move the run's random state
-            return int(self.train[0][0].shape[0])
+        """Channels of the inputs: the first extent of a sample, 1 where it has none."""
+        sample = self.sample()
+        return int(sample.shape[0]) if sample.dim() else 1
 
 
 class AugmentedBatches(Dataset):
@@ -97,9 +102,7 @@ def build_data(config: DataConfig) -> RunData:
     if config.kind not in DATA_KINDS:
         raise ConfigError(f"data.kind must be one of {', '.join(DATA_KINDS)}, got {config.kind!r}")
     if config.kind != "matplotlib_letters" and not config.root:
-        raise ConfigError(
-            f"data.root must be given for data.kind {config.kind}: the folder or file of the data set"
-        )
+        raise ConfigError(f"data.root must be given for data.kind {config.kind}: the folder or file of the data set")
     try:
         if config.kind in _GLYPHS:
             return _glyph_run(config, _GLYPHS[config.kind])
@@ -114,9 +117,7 @@ def _glyph_run(config: DataConfig, read: Callable[[str, str], Any]) -> RunData:
     train, test = read(config.root, "train"), read(config.root, "test")
     side = train.images.shape[-1]
     if config.image_size not in (0, side):
-        raise ConfigError(
-            f"data.image_size must be 0 or {side} for data.kind {config.kind}, got {config.image_size}"
-        )
+        raise ConfigError(f"data.image_size must be 0 or {side} for data.kind {config.kind}, got {config.image_size}")
     check_disjoint_classes(train, test)
     return RunData(AugmentedBatches(train, GlyphAugmentation()), train, len(train.classes), test)
 

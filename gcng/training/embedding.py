@@ -17,6 +17,7 @@ from gcng.training.config import Config
 from gcng.training.config_io import load_config
 from gcng.training.datasets import RunData, make_extractor
 from gcng.training.errors import CheckpointError
+from gcng.training.signals import children_spared
 
 
 def embed_dataset(
@@ -51,7 +52,9 @@ def embed_dataset(
     try:
         # Transforms of the data set may draw; the same numbers each time, and not from the run's.
         with torch.no_grad(), seeded_randomness(0):
-            for inputs, batch_labels in loader:
+            with children_spared():
+                batches = iter(loader)
+            for inputs, batch_labels in batches:
                 embeddings.append(extractor(inputs.to(device)).float().cpu())
                 labels.append(batch_labels.to(torch.int64))
                 if on_batch is not None:
@@ -131,9 +134,7 @@ def load_extractor(
     state = load_checkpoint(file)
     for key in ("config", "extractor", "in_channels"):
         if key not in state:
-            raise CheckpointError(
-                f"checkpoint {file} has no entry {key!r}: it is not the checkpoint of a run"
-            )
+            raise CheckpointError(f"checkpoint {file} has no entry {key!r}: it is not the checkpoint of a run")
     config = load_config(base=state["config"], overrides=overrides)
     # The weights come from the file, not from where the published ones are.
     extractor = make_extractor(config.model, in_channels=state["in_channels"], pretrained=False)

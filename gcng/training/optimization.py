@@ -116,7 +116,6 @@ def choose_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
-            f"run.device is {name!r} but torch sees {torch.cuda.device_count()} CUDA devices; "
-            "use run.device=cpu"
+            f"run.device is {name!r} but torch sees {torch.cuda.device_count()} CUDA devices; use run.device=cpu"
         )
     return device

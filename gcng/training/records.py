@@ -195,9 +195,7 @@ class RunReport:
     def step(self, terms: Any, *, step: int, epoch: int, done: int, total: int) -> None:
         """Report a step. Numbers are read from the device only where they are shown or written."""
         values = terms.named()
-        shown = {
-            name: values[name] for name in ("n_pair", "metric", "classifier", "generator") if name in values
-        }
+        shown = {name: values[name] for name in ("n_pair", "metric", "classifier", "generator") if name in values}
         self.bar.update(f"epoch {epoch + 1}/{self._epochs}", done, total, shown)
         if step % self._every == 0 and not terms.skipped:
             numbers = {name: float(value) for name, value in values.items()}

@@ -21,9 +21,7 @@ from gcng.training.records import RunReport
 from gcng.training.trainer import RunResult, Trainer
 
 
-def fit(
-    config: Config, *, resume: bool | str | Path = False, stream: TextIO | None = None, **parts: Any
-) -> RunResult:
+def fit(config: Config, *, resume: bool | str | Path = False, stream: TextIO | None = None, **parts: Any) -> RunResult:
     """Run a configuration to its end.
 
     Args:
@@ -54,12 +52,12 @@ def fit(
         loaded = trainer.resume(None if resume is True else resume) if resume else None
         for problem in loaded.problems if loaded is not None else ():
             report.warning(trainer.step, f"{problem}; going on from {loaded.path.name}")
-        (folder / "config.toml").write_text(
-            to_toml(as_nested(config), "The whole configuration of this run.")
-        )
-        report.event(
-            "start", trainer.step, epoch=trainer.epoch, resumed=loaded is not None, device=str(trainer.device)
-        )
+        try:
+            text = to_toml(as_nested(config), "The whole configuration of this run.")
+            (folder / "config.toml").write_text(text, encoding="utf-8")
+        except OSError as error:
+            report.warning(trainer.step, f"config.toml not written: {error}")
+        report.event("start", trainer.step, epoch=trainer.epoch, resumed=loaded is not None, device=str(trainer.device))
         result = trainer.fit(report)
         report.event("end", trainer.step, **dataclasses.asdict(result))
     finally:
@@ -87,13 +85,11 @@ def dry_run(config: Config, *, stream: TextIO | None = None, **parts: Any) -> di
             metrics = None
             if trainer.data.test is not None:
                 limit = 2 * config.evaluation.batch_size
-                metrics = evaluate(
-                    config, trainer.extractor, trainer.data, device=trainer.device, limit=limit
-                )
+                metrics = evaluate(config, trainer.extractor, trainer.data, device=trainer.device, limit=limit)
             path = trainer.save()
             again = Trainer(config, **parts)
             again.resume(path)
-            if not _equal(trainer.state_dict(), again.state_dict()):
+            if not states_equal(trainer.state_dict(), again.state_dict()):
                 raise CheckpointError("the state that was loaded differs from the one that was saved")
             return {
                 "skipped": terms.skipped,
@@ -105,11 +101,12 @@ def dry_run(config: Config, *, stream: TextIO | None = None, **parts: Any) -> di
             report.close()
 
 
-def _equal(first: Any, second: Any) -> bool:
+def states_equal(first: Any, second: Any) -> bool:
+    """Whether two nested states are equal, tensors bit for bit (a NaN equals nothing)."""
     if isinstance(first, dict):
-        return first.keys() == second.keys() and all(_equal(first[key], second[key]) for key in first)
+        return first.keys() == second.keys() and all(states_equal(first[key], second[key]) for key in first)
     if isinstance(first, (list, tuple)):
-        return len(first) == len(second) and all(map(_equal, first, second))
+        return len(first) == len(second) and all(map(states_equal, first, second))
     if isinstance(first, torch.Tensor):
         return torch.equal(first.cpu(), second.cpu())
     return first == second

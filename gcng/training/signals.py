@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 
@@ -43,3 +45,20 @@ class StopOnSignal:
         if self.requested:
             os._exit(130)  # the user insists; nothing may delay it, not even cleanup
         self.requested = True
+
+
+@contextmanager
+def children_spared() -> Iterator[None]:
+    """Processes started inside the block do not get SIGINT and SIGTERM; this one gets them after it.
+
+    A terminal or a job scheduler signals the whole process group. Loader processes that died of it would break
+    the running step off; so only this process reacts, and ends them when it leaves.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows, where signals reach no other process
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, StopOnSignal.signals)  # children inherit the mask
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

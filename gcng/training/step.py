@@ -176,9 +176,7 @@ def _check_arguments(clip_value: float | None, clip_norm: float | None, mix: Any
         if bound is not None and not (bound > 0 and math.isfinite(bound)):
             raise ValueError(f"train_step: {name} must be positive and finite, got {bound}; None is off")
     if mix is not None and (isinstance(mix, Tensor) or len(mix) != 2):
-        raise ValueError(
-            "train_step: mix must be a pair (metric phase, generator phase) of (K, K-1) tensors or None"
-        )
+        raise ValueError("train_step: mix must be a pair (metric phase, generator phase) of (K, K-1) tensors or None")
 
 
 def _forward_context(extractor: nn.Module, dtype: torch.dtype | None):
@@ -218,9 +216,7 @@ def _not_finite(
             scaler.update()
     largest = torch.nn.utils.get_total_norm(gradients, float("inf"))
     total = sum(loss.float() for loss in losses)
-    loss_is_finite, gradient_is_finite = torch.stack(
-        [total.isfinite(), largest.isfinite().to(total.device)]
-    ).tolist()
+    loss_is_finite, gradient_is_finite = torch.stack([total.isfinite(), largest.isfinite().to(total.device)]).tolist()
     if not loss_is_finite:
         return "loss"
     if not gradient_is_finite:
@@ -245,9 +241,7 @@ class _Transaction:
     def __init__(self, extractor: nn.Module, criterion: nn.Module, optimizers: Optimizers) -> None:
         self._modules = (extractor, criterion)
         self._optimizers = (optimizers.graph, optimizers.classifier)
-        copied = [
-            p for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]
-        ]
+        copied = [p for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]]
         self._tensors = [*copied, *extractor.buffers()]
         self._copies = [tensor.detach().clone() for tensor in self._tensors]
         self._states = [

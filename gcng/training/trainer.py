@@ -9,14 +9,14 @@ from __future__ import annotations
 import dataclasses
 import time
 import warnings
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from gcng.models import check_extractor
 from gcng.training.checkpoint import CheckpointFolder, Loaded, load_checkpoint
 from gcng.training.config import Config
 from gcng.training.config_io import as_nested, changed_keys, config_hash
@@ -24,12 +24,12 @@ from gcng.training.datasets import RunData, build_data, make_criterion, make_ext
 from gcng.training.embedding import evaluate
 from gcng.training.errors import CheckpointError, ConfigError, DivergedError, Interrupted
 from gcng.training.optimization import FrozenParts, build_optimizers, build_schedulers, choose_device
+from gcng.training.progress import Progress
 from gcng.training.random_state import capture_random_state, restore_random_state
 from gcng.training.records import RunReport
-from gcng.training.signals import StopOnSignal
+from gcng.training.signals import StopOnSignal, children_spared
 from gcng.training.step import StepTerms, train_step
 
-_OPTIMIZERS = ("extractor", "graph", "classifier")
 _DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -88,6 +88,7 @@ class Trainer:
             extractor = make_extractor(config.model, in_channels=self.in_channels)
         if criterion is None:
             criterion = make_criterion(config, self.data.num_classes)
+        self._check_extractor(extractor)
         self.extractor, self.criterion = extractor.to(self.device), criterion.to(self.device)
         self.criterion.train()
         self.optimizers = build_optimizers(config, self.extractor, self.criterion)
@@ -96,20 +97,26 @@ class Trainer:
         self.loader = make_loader(config, self.data)
         self.generator = torch.Generator().manual_seed(config.run.seed)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.run.precision == "float16")
-        self.checkpoints = CheckpointFolder(
-            Path(config.run.output) / "checkpoints", keep=config.checkpoint.keep
-        )
+        self.checkpoints = CheckpointFolder(Path(config.run.output) / "checkpoints", keep=config.checkpoint.keep)
         self.on_step = on_step
-        self.epoch = self.step = 0
-        self.best: dict[str, float] | None = None
-        self.last: dict[str, float] | None = None
-        self.skipped: Counter[str] = Counter()
-        self._skipped_in_a_row = 0
-        self._sums: dict[str, float] = {}
-        self._counted = 0
+        self.progress = Progress()
 
-    # State
-    # ------------------------------------------------------------------------------------------------------
+    def _check_extractor(self, extractor: nn.Module) -> None:
+        try:
+            inputs = self.data.sample().nan_to_num()[None]  # a bad sample is no fault of the extractor
+            check_extractor(extractor, inputs, self.config.model.embedding_size)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ConfigError(f"model.embedding_size, model.backbone: {error}") from error
+
+    @property
+    def step(self) -> int:
+        """Iterations done, skipped ones included."""
+        return self.progress.step
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that runs or comes next."""
+        return self.progress.epoch
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the rest of the run depends on: tensors and plain values."""
@@ -120,20 +127,13 @@ class Trainer:
             "num_classes": self.data.num_classes,
             "extractor": self.extractor.state_dict(),
             "criterion": self.criterion.state_dict(),
-            "optimizers": {name: self._optimizer(name).state_dict() for name in _OPTIMIZERS},
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self._optimizers()},
             "schedulers": {name: scheduler.state_dict() for name, scheduler in self.schedulers.items()},
             "scaler": self.scaler.state_dict(),
             "loader": self.loader.state_dict(),
             "generator": self.generator.get_state(),
             "random": capture_random_state(),
-            "epoch": self.epoch,
-            "step": self.step,
-            "best": self.best,
-            "last": self.last,
-            "skipped": dict(self.skipped),
-            "skipped_in_a_row": self._skipped_in_a_row,
-            "sums": {name: float(value) for name, value in self._sums.items()},
-            "counted": self._counted,
+            "progress": self.progress.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -155,31 +155,29 @@ class Trainer:
         try:
             self.extractor.load_state_dict(state["extractor"])
             self.criterion.load_state_dict(state["criterion"])
-            for name in _OPTIMIZERS:
-                self._optimizer(name).load_state_dict(state["optimizers"][name])
+            for name, optimizer in self._optimizers():
+                optimizer.load_state_dict(state["optimizers"][name])
             for name, scheduler in self.schedulers.items():
                 scheduler.load_state_dict(state["schedulers"][name])
             if self.scaler.is_enabled():
                 self.scaler.load_state_dict(state["scaler"])
             self.loader.load_state_dict(state["loader"])
+            self.progress.load_state_dict(state["progress"])
         except (RuntimeError, ValueError, KeyError) as error:
             message = " ".join(str(error).split())
             raise CheckpointError(f"the checkpoint does not fit this run: {message}") from error
         self.generator.set_state(state["generator"])
         restore_random_state(state["random"])
-        self.epoch, self.step = state["epoch"], state["step"]
-        self.best, self.last = state["best"], state["last"]
-        self.skipped, self._skipped_in_a_row = Counter(state["skipped"]), state["skipped_in_a_row"]
-        self._sums, self._counted = dict(state["sums"]), state["counted"]
 
-    def _optimizer(self, name: str) -> torch.optim.Optimizer:
-        return getattr(self.optimizers, name)
+    def _optimizers(self) -> list[tuple[str, torch.optim.Optimizer]]:
+        used = self.optimizers
+        return [("extractor", used.extractor), ("graph", used.graph), ("classifier", used.classifier)]
 
     def save(self, *, is_best: bool = False) -> Path:
         """Write a checkpoint of this moment into the run's folder. OSError where the disk refuses."""
         manifest = {"epoch": self.epoch, "config_hash": config_hash(self.config)}
-        if is_best and self.best is not None:
-            manifest["metrics"] = self.best
+        if is_best:
+            manifest["metrics"] = self.progress.best
         return self.checkpoints.save(self.step, self.state_dict(), manifest=manifest, is_best=is_best)
 
     def resume(self, path: str | Path | None = None) -> Loaded | None:
@@ -201,9 +199,6 @@ class Trainer:
         self.load_state_dict(loaded.state)
         return loaded
 
-    # The run
-    # ----------------------------------------------------------------------------------------------------
-
     def fit(self, report: RunReport) -> RunResult:
         """Train to the last epoch from wherever the run stands.
 
@@ -223,9 +218,9 @@ class Trainer:
         return RunResult(
             epochs=self.epoch,
             steps=self.step,
-            skipped=dict(self.skipped),
-            best=self.best,
-            last=self.last,
+            skipped=dict(self.progress.skipped),
+            best=self.progress.best,
+            last=self.progress.last,
             checkpoint=str(newest[0]) if newest else None,
             best_checkpoint=None if best is None else str(best),
             seconds=round(time.monotonic() - began, 3),
@@ -234,7 +229,7 @@ class Trainer:
     def _train_epoch(self, report: RunReport, stop: StopOnSignal) -> None:
         self.frozen.begin_epoch(self.epoch)
         every, length = self.config.checkpoint.every_steps, len(self.loader)
-        for inputs, labels in self.loader:
+        for inputs, labels in self._batches():
             terms = self.train_batch(inputs, labels)
             done = self.loader.position
             report.step(terms, step=self.step, epoch=self.epoch, done=done, total=length)
@@ -246,6 +241,14 @@ class Trainer:
                 self._stop(report)
             if every and self.step % every == 0 and done < length:  # the end of an epoch is saved anyway
                 self._save_or_warn(report)
+
+    def _batches(self) -> Iterator[tuple[Any, torch.Tensor]]:
+        batches = iter(self.loader)
+        with children_spared():  # the loader's processes start with its first batch
+            first = next(batches, None)
+        if first is not None:
+            yield first
+            yield from batches
 
     def train_batch(self, inputs: Any, labels: torch.Tensor) -> StepTerms:
         """One iteration on a batch as the loader gives it; counts it and keeps the epoch's sums."""
@@ -261,15 +264,7 @@ class Trainer:
             scaler=self.scaler,
             autocast=_DTYPES[self.config.run.precision],
         )
-        self.step += 1
-        if terms.skipped:
-            self.skipped[terms.skipped] += 1
-            self._skipped_in_a_row += terms.skipped != "scale"
-            return terms
-        self._skipped_in_a_row = 0
-        self._counted += 1
-        for name, value in terms.named().items():
-            self._sums[name] = self._sums.get(name, 0.0) + value.double()
+        self.progress.count(terms)
         return terms
 
     def _check_skipped(self, report: RunReport, terms: StepTerms, labels: torch.Tensor) -> None:
@@ -283,9 +278,9 @@ class Trainer:
             labels=labels.tolist(),
         )
         limit = 1 if self.config.run.nonfinite_policy == "stop" else self.config.run.nonfinite_limit
-        if self._skipped_in_a_row >= limit:
+        if self.progress.skipped_in_a_row >= limit:
             raise DivergedError(
-                f"{self._skipped_in_a_row} steps in a row had a {terms.skipped} that is not finite (step "
+                f"{self.progress.skipped_in_a_row} steps in a row had a {terms.skipped} that is not finite (step "
                 f"{self.step}, epoch {self.epoch}); parameters are those from before them. Lower the "
                 "learning rates, or look at the batches that the log names"
             )
@@ -302,15 +297,8 @@ class Trainer:
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
             for scheduler in self.schedulers.values():
                 scheduler.step()
-        means = {name: float(value) / self._counted for name, value in self._sums.items()}
-        self._sums, self._counted = {}, 0
-        report.event("epoch", self.step, epoch=self.epoch, **means)
-        self.epoch = number
-        is_best = False
-        if metrics is not None:
-            name = self.config.checkpoint.best_metric
-            is_best = self.best is None or metrics[name] > self.best[name]
-            self.last, self.best = metrics, metrics if is_best else self.best
+        is_best = metrics is not None and self.progress.evaluated(metrics, self.config.checkpoint.best_metric)
+        report.event("epoch", self.step, epoch=self.epoch, **self.progress.end_epoch())
         if stop.requested:
             self._stop(report, is_best=is_best)
         (self._save_last if number == epochs else self._save_or_warn)(report, is_best=is_best)
@@ -325,9 +313,7 @@ class Trainer:
         report.event("evaluation", self.step, epoch=self.epoch, **metrics)
         name = self.config.checkpoint.best_metric
         if name not in metrics:
-            raise ConfigError(
-                f"checkpoint.best_metric is {name!r}; the evaluation gives {', '.join(metrics)}"
-            )
+            raise ConfigError(f"checkpoint.best_metric is {name!r}; the evaluation gives {', '.join(metrics)}")
         return metrics
 
     def _stop(self, report: RunReport, *, is_best: bool = False) -> None:
@@ -339,9 +325,7 @@ class Trainer:
         try:
             report.event("checkpoint", self.step, file=self.save(is_best=is_best).name)
         except OSError as error:
-            report.warning(
-                self.step, f"checkpoint of step {self.step} not written: {error}; earlier ones are whole"
-            )
+            report.warning(self.step, f"checkpoint of step {self.step} not written: {error}; earlier ones are whole")
 
     def _save_last(self, report: RunReport, *, is_best: bool = False) -> None:
         try:
