@@ -35,12 +35,10 @@ def outputs_and_gradients(
     outputs = tree_leaves(function(**inputs))
     if not differentiate:
         return outputs
-    upstream = torch.randn(
-        outputs[0].shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    ).to(outputs[0].dtype)
-    return [y.detach() for y in outputs] + list(
-        torch.autograd.grad(outputs[0], list(leaves.values()), upstream)
+    upstream = torch.randn(outputs[0].shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(
+        outputs[0].dtype
     )
+    return [y.detach() for y in outputs] + list(torch.autograd.grad(outputs[0], list(leaves.values()), upstream))
 
 
 def check_compiled(
@@ -83,7 +81,5 @@ class LargestTensor(TorchDispatchMode):
         for x in tree_leaves(result):
             if isinstance(x, Tensor):
                 # A view or an expansion allocates nothing beyond its storage.
-                self.elements = max(
-                    self.elements, min(x.numel(), x.untyped_storage().nbytes() // x.element_size())
-                )
+                self.elements = max(self.elements, min(x.numel(), x.untyped_storage().nbytes() // x.element_size()))
         return result

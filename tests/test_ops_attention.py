@@ -151,6 +151,7 @@ def test_non_finite_at_masked_positions_has_no_effect(name: str, value: float, s
     spoiled[name][bad, :, 1] = value
     out, grad_q, grad_k, grad_v = outputs_and_gradients(negative_attention, spoiled)
     assert equal_bits(out[same], clean[0][same])
+    assert equal_bits(grad_q[same], clean[1][same])
     if name == "q":
         # Only the bad row attends with q; its class is masked in both directions.
         assert not out[bad].isfinite().all()

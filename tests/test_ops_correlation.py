@@ -13,6 +13,7 @@ from gcng.ops.correlation import center_normalize, correlation_topk
 from gcng.ops.nearest import nearest_rows
 from gcng.reference import correlation as definition
 from tests import cases
+from tests.closeness import Closeness
 from tests.op_checks import LargestTensor, check_compiled, check_refuses_double_backward, outputs_and_gradients
 from tests.run_case import UPSTREAM_LAYOUTS, equal_bits, run_case
 
@@ -25,9 +26,10 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nearest, "TILE_REFERENCES", 7)
 
 
-def gate(shape: str, values: str, dtype: torch.dtype, **options) -> None:
+def readings(shape: str, values: str, dtype: torch.dtype, **options) -> list[Closeness]:
+    """center_normalize through the closeness gate."""
     x = cases.matrix(MATRICES[shape], values)
-    assert run_case(
+    return run_case(
         f"center_normalize on {shape}, {values}",
         center_normalize,
         definition.center_normalize,
@@ -41,12 +43,12 @@ def gate(shape: str, values: str, dtype: torch.dtype, **options) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("values", ["normal", "small", "large", "constant_row", "zero_row", "duplicates", "one_hot"])
 def test_close_to_truth(values: str, dtype: torch.dtype) -> None:
-    gate("tails", values, dtype)
+    assert readings("tails", values, dtype)
 
 
 @pytest.mark.parametrize("shape", ["exact", "single_row", "long", "wide"])
 def test_close_to_truth_in_every_shape(shape: str) -> None:
-    gate(shape, "normal", torch.float32)
+    assert readings(shape, "normal", torch.float32)
 
 
 @pytest.mark.parametrize("layout", UPSTREAM_LAYOUTS)
@@ -54,7 +56,7 @@ def test_close_to_truth_in_every_layout(layout: str) -> None:
     # One value for all elements is the direction of the mean, which has no gradient.
     floor = {"grad x": 1.0} if layout == "stride_zero" else {}
     inputs = "contiguous" if layout == "stride_zero" else layout
-    gate("exact", "normal", torch.float32, input_layout=inputs, upstream_layout=layout, scale_floors=floor)
+    assert readings("exact", "normal", torch.float32, input_layout=inputs, upstream_layout=layout, scale_floors=floor)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.7, -1e4, 1e-30])
@@ -197,6 +199,20 @@ def test_topk_constant_rows_correlate_with_nothing() -> None:
     assert values[3].tolist() == [0.0] * 7
     assert indices[3].tolist() == [0, 1, 2, 4, 5, 6, 7]
     assert bool(values[indices == 3].eq(0).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_topk_and_center_normalize_agree_on_what_is_constant(dtype: torch.dtype) -> None:
+    """A row whose entries differ by one rounding has no direction; one that differs by 100 has."""
+    x = torch.randn(4, 9, dtype=dtype)
+    x[1:3] = 1.0
+    x[1, 0] += torch.finfo(dtype).eps
+    x[2, 0] += 100 * torch.finfo(dtype).eps
+    assert center_normalize(x).any(1).tolist() == [True, False, True, True]
+    values, indices = correlation_topk(x, 3)
+    assert values[1].tolist() == [0.0] * 3
+    assert indices[1].tolist() == [0, 2, 3]
+    assert values[2].ne(0).sum() == 2
 
 
 @pytest.mark.parametrize("n", [0, 1, 6])

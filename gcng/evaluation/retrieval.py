@@ -67,9 +67,7 @@ def _per_query(hits: Tensor, relevant: Tensor, ranks: Sequence[int]) -> Tensor:
     found = within.cumsum(1)
     precision = torch.where(within, found.double() / position, 0.0).sum(1)
     recalls = [hits[:, :rank].any(1).double() for rank in ranks]
-    return torch.stack(
-        [*recalls, found[:, -1].double() / relevant, precision / relevant, hits[:, 0].double()], dim=1
-    )
+    return torch.stack([*recalls, found[:, -1].double() / relevant, precision / relevant, hits[:, 0].double()], dim=1)
 
 
 def evaluate_retrieval(
@@ -109,9 +107,7 @@ def evaluate_retrieval(
     op, ranks = "evaluate_retrieval", _check_ranks(k)
     budget = DEFAULT_BUDGET if memory_budget is None else parse_bytes(memory_budget)
     if (reference is None) != (reference_labels is None):
-        missing, given = (
-            ("reference", "reference_labels") if reference is None else ("reference_labels", "reference")
-        )
+        missing, given = ("reference", "reference_labels") if reference is None else ("reference_labels", "reference")
         raise ValueError(f"{op}: {given} is given but {missing} is missing; give both or neither")
     self_excluded = reference is None
     gallery = query if reference is None else reference
@@ -209,9 +205,7 @@ class RetrievalMetrics:
         self._embeddings.clear()
         self._labels.clear()
 
-    def compute(
-        self, reference: Tensor | None = None, reference_labels: Tensor | None = None
-    ) -> dict[str, float]:
+    def compute(self, reference: Tensor | None = None, reference_labels: Tensor | None = None) -> dict[str, float]:
         """Evaluate all batches so far as queries, among themselves or against a gallery.
 
         Raises:

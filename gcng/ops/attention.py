@@ -229,9 +229,7 @@ def negative_attention(q: Tensor, k: Tensor, v: Tensor, labels: Tensor) -> Tenso
             )
     check_channels("negative_attention", "q", q)
     if q.shape[1] == 0:
-        raise ValueError(
-            f"negative_attention: q has no heads, got shape {tuple(q.shape)}; H must be at least 1"
-        )
+        raise ValueError(f"negative_attention: q has no heads, got shape {tuple(q.shape)}; H must be at least 1")
     check_labels("negative_attention", labels, q.shape[0], of="q")
     check_same_dtype("negative_attention", q=q, k=k, v=v)
     check_same_device("negative_attention", q=q, k=k, v=v)

@@ -99,8 +99,7 @@ def _linear_cross_entropy_backward_fake(
 
 
 _forward = define_op(
-    "linear_cross_entropy(Tensor x, Tensor weight, Tensor target, Tensor? bias, int ignore_index) "
-    "-> (Tensor, Tensor)",
+    "linear_cross_entropy(Tensor x, Tensor weight, Tensor target, Tensor? bias, int ignore_index) -> (Tensor, Tensor)",
     _linear_cross_entropy,
     _linear_cross_entropy_fake,
 )
@@ -209,6 +208,4 @@ def _check_arguments(
     if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
         raise TypeError(f"{op}: ignore_index must be an int, got {type(ignore_index).__name__}")
     if reduction not in REDUCTIONS:
-        raise ValueError(
-            f"{op}: unknown reduction {reduction!r}; use one of {', '.join(map(repr, REDUCTIONS))}"
-        )
+        raise ValueError(f"{op}: unknown reduction {reduction!r}; use one of {', '.join(map(repr, REDUCTIONS))}")

@@ -30,9 +30,7 @@ _forward = define_op(
 define_autocast("knn")
 
 
-def nearest_neighbors(
-    query: Tensor, reference: Tensor, k: int, self_index: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def nearest_neighbors(query: Tensor, reference: Tensor, k: int, self_index: Tensor | None) -> tuple[Tensor, Tensor]:
     """:func:`knn` on checked arguments; ``self_index`` (N,): the row of ``reference`` left out, or None."""
     return _forward(query.detach(), reference.detach(), k, self_index)
 

@@ -35,9 +35,7 @@ def _place_in_block(target: Tensor, classes: slice) -> tuple[Tensor, Tensor]:
     return torch.where(inside, target - classes.start, 0).unsqueeze(1), inside.unsqueeze(1)
 
 
-def streamed_logsumexp(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor
-) -> tuple[Tensor, Tensor]:
+def streamed_logsumexp(rows: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> tuple[Tensor, Tensor]:
     """Log of the softmax denominator, and the logit of the target, without storing logits.
 
     Args:

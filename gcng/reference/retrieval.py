@@ -19,9 +19,7 @@ def first_k(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def knn(query: Tensor, reference: Tensor, k: int, *, exclude_self: bool) -> tuple[Tensor, Tensor]:
     """Cosine of all pairs, then the k best; with ``exclude_self`` row i of both is the same sample."""
-    similarity = (
-        torch.nn.functional.normalize(query, dim=-1) @ torch.nn.functional.normalize(reference, dim=-1).T
-    )
+    similarity = torch.nn.functional.normalize(query, dim=-1) @ torch.nn.functional.normalize(reference, dim=-1).T
     if exclude_self:
         similarity = similarity.clone().fill_diagonal_(-math.inf)
     return first_k(similarity.detach(), k)
