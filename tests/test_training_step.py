@@ -26,7 +26,7 @@ class Schedule:
         self.updates = []
 
     def update(self, j_m, j_gen):
-        self.updates.append((float(j_m), float(j_gen)))
+        self.updates.append((j_m.item(), j_gen.item()))
 
 
 class SmallCriterion(nn.Module):

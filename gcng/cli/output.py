@@ -26,6 +26,8 @@ def format_value(value: Any) -> str:
         return f"{value:.4f}" if 1e-3 <= abs(value) < 1e6 or value == 0 else f"{value:.4g}"
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {format_value(item)}" for name, item in value.items()) or "none"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(format_value, value)) or "none"
     return "none" if value is None else str(value)
 
 

@@ -88,8 +88,8 @@ class Trainer:
             extractor = make_extractor(config.model, in_channels=self.in_channels)
         if criterion is None:
             criterion = make_criterion(config, self.data.num_classes)
-        self._check_extractor(extractor)
         self.extractor, self.criterion = extractor.to(self.device), criterion.to(self.device)
+        self._check_extractor()
         self.criterion.train()
         self.optimizers = build_optimizers(config, self.extractor, self.criterion)
         self.schedulers = build_schedulers(config, self.optimizers)
@@ -101,10 +101,10 @@ class Trainer:
         self.on_step = on_step
         self.progress = Progress()
 
-    def _check_extractor(self, extractor: nn.Module) -> None:
+    def _check_extractor(self) -> None:
         try:
             inputs = self.data.sample().nan_to_num()[None]  # a bad sample is no fault of the extractor
-            check_extractor(extractor, inputs, self.config.model.embedding_size)
+            check_extractor(self.extractor, inputs.to(self.device), self.config.model.embedding_size)
         except (ValueError, TypeError, RuntimeError) as error:
             raise ConfigError(f"model.embedding_size, model.backbone: {error}") from error
 
