@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     (options.output / "runs" / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     if options.record:
         table.RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-        table.write_readme()
+        table.write_documents()
     print(table.render(results))
     print(f"\n{options.output / 'report.html'} ({time.perf_counter() - started:.0f} s in all)")
     return 0

@@ -31,9 +31,9 @@ class Settings:
     embedding_size: int = 64
     num_layers: int = 1
     num_heads: int = 2
-    iterations: int = 300
+    iterations: int = 200
     epoch_length: int = 50
-    extractor_lr: float = 2e-3
+    extractor_lr: float = 1e-3
     extractor_decay: float = 1e-4
     graph_lr: float = 3e-4
     classifier_lr: float = 1e-3
@@ -55,7 +55,7 @@ class Settings:
         return asdict(self)
 
 
-SEEDS = (0, 1)
+SEEDS = (0, 1, 2, 3)
 QUICK_SEEDS = (0,)
 # Seconds in all, for a look at the whole path; its numbers say nothing about the methods.
 QUICK = Settings(classes_per_batch=10, embedding_size=16, iterations=12, epoch_length=4, probes=2, max_classes=40)

@@ -1,7 +1,9 @@
-"""The demo's one table, for the terminal, the report and the README.
+"""The demo's one table, for the terminal, the report and the README, and the trials of its tuning.
 
-python -m demo.table            # writes the README's block from demo/results.json
-python -m demo.table --check    # exit status 1 if the block is not what the results say
+    python -m demo.table            # writes the blocks of README.md and docs/demo.md
+    python -m demo.table --check    # exit status 1 if a block is not what the results say
+
+Every number in these blocks comes from demo/results.json or demo/tuning.jsonl.
 """
 
 from __future__ import annotations
@@ -12,11 +14,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from demo.settings import METHOD_NAMES
+from demo.settings import METHOD_NAMES, Settings
 
 RESULTS = Path(__file__).parent / "results.json"
-README = Path(__file__).resolve().parents[1] / "README.md"
-BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"
+TRIALS = Path(__file__).parent / "tuning.jsonl"
+ROOT = Path(__file__).resolve().parents[1]
+BUSY = 1.25  # a training on one thread that takes this many times its processor time had to wait for others
 HEADER = ("method", "Recall@1", "mAP@R", "seconds", "CPU seconds", "peak memory")
 MEASURES: dict[str, tuple[Callable[[dict], float | None], str]] = {
     "Recall@1": (lambda run: run["scores"]["recall_at_1"], "{:.4f}"),
@@ -64,11 +67,7 @@ def spread(values: list[float | None], form: str) -> str:
 
 def render(results: dict) -> str:
     """The table in Markdown, aligned, with what it was measured on and what it says."""
-    cells = [list(HEADER), *rows(results)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(HEADER))]
-    lines = ["| " + " | ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)) + " |" for row in cells]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join([*lines, "", *notes(results)])
+    return "\n".join([_markdown([list(HEADER), *rows(results)]), "", *notes(results)])
 
 
 def notes(results: dict) -> list[str]:
@@ -88,6 +87,9 @@ def notes(results: dict) -> list[str]:
         f"before it. {machine['cpu']}, {machine['cores']} cores, {memory}; torch {versions['torch']}, gcng "
         f"{versions['gcng']}, {results['date'][:10]}."
     )
+    runs = results["runs"]
+    if _mean([run["seconds"] for run in runs]) > BUSY * _mean([run["cpu_seconds"] for run in runs]):
+        where += " The machine was busy with other work at the time: go by the CPU seconds."
     return [verdict(results), "", what, "", where]
 
 
@@ -106,21 +108,55 @@ def verdict(results: dict) -> str:
     return " ".join(sentences)
 
 
-def with_block(text: str, block: str) -> str:
+def render_trials(trials: list[dict]) -> str:
+    """The tuning trials in Markdown: what differs from the shipped settings, and the scores."""
+    shipped = Settings().as_dict()
+    cells = [["method", "differs from the shipped settings in", "seed", "Recall@1", "mAP@R", "CPU seconds"]]
+    for trial in trials:
+        changed = [f"{k} {v}" for k, v in trial["settings"].items() if v != shipped[k]]
+        scores = [f"{trial[key]:.4f}" for key in ("recall_at_1", "mean_average_precision_at_r")]
+        words = ", ".join(changed) or "nothing"
+        cells.append([trial["method"], words, str(trial["seed"]), *scores, f"{trial['cpu_seconds']:.0f}"])
+    return _markdown(cells)
+
+
+def blocks() -> dict[str, tuple[str, str]]:
+    """Document -> name of its markers and the text between them."""
+    trials = [json.loads(line) for line in TRIALS.read_text().splitlines()]
+    return {
+        "README.md": ("demo", render(json.loads(RESULTS.read_text()))),
+        "docs/demo.md": ("tuning", render_trials(trials)),
+    }
+
+
+def with_block(text: str, name: str, block: str) -> str:
     """The text with everything between the markers replaced."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"README.md must hold {BEGIN} and then {END}, each once, where the table goes")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{block}\n{END}{rest.split(END)[1]}"
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"the text must hold {begin} and then {end}, each once, where the table goes")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{block}\n{end}{rest.split(end)[1]}"
 
 
-def write_readme(readme: Path = README, path: Path = RESULTS, *, check: bool = False) -> bool:
-    """Put the table of the results file into the README; with ``check`` only say whether it is there."""
-    text = readme.read_text(encoding="utf-8")
-    wanted = with_block(text, render(json.loads(path.read_text())))
-    if not check and wanted != text:
-        readme.write_text(wanted, encoding="utf-8")
-    return wanted == text
+def write_documents(*, check: bool = False) -> list[str]:
+    """Put the tables into the documents; returns those that differed. With ``check`` nothing is written."""
+    differing = []
+    for document, (name, block) in blocks().items():
+        path = ROOT / document
+        text = path.read_text(encoding="utf-8")
+        wanted = with_block(text, name, block)
+        if wanted != text:
+            differing.append(document)
+            if not check:
+                path.write_text(wanted, encoding="utf-8")
+    return differing
+
+
+def _markdown(cells: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    lines = ["| " + " | ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)) + " |" for row in cells]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
 
 
 def _mean(values: list[float]) -> float:
@@ -128,13 +164,13 @@ def _mean(values: list[float]) -> float:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Writes or checks the README's block."""
+    """Writes or checks the blocks."""
     parser = argparse.ArgumentParser(prog="python -m demo.table", description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args(arguments)
-    same = write_readme(check=options.check)
-    if options.check and not same:
-        print("README.md does not show demo/results.json; run python -m demo.table", file=sys.stderr)
+    differing = write_documents(check=options.check)
+    if options.check and differing:
+        print(f"not what the results say: {', '.join(differing)}; run python -m demo.table", file=sys.stderr)
         return 1
     return 0
 

@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 
 from demo.settings import METHODS, Settings
+from demo.table import TRIALS
 from demo.training import embed, train
 from gcng.data import matplotlib_letters, split_classes
 from gcng.evaluation import evaluate_retrieval
 
-TRIALS = Path(__file__).parent / "tuning.jsonl"
 VALIDATION_SPLIT_SEED = 7
 
 
@@ -45,7 +45,7 @@ def trial(method: str, settings: Settings, seed: int) -> dict:
 
 def parse_trials(words: list[str]) -> list[tuple[str, Settings]]:
     """``method key=value ... method ...`` as methods and settings; an unknown word is a ValueError."""
-    known = {field.name: field for field in fields(Settings)}
+    known = {field.name for field in fields(Settings) if field.default is not None}
     trials: list[tuple[str, Settings]] = []
     for word in words:
         key, _, value = word.partition("=")
