@@ -19,7 +19,8 @@ EVERYTHING = (*LIBRARY, "benchmarks", "demo", "examples", "tests")
 
 # Registers implementations and autocast rules by device type.
 MAY_NAME_CUDA = {"gcng/ops/registration.py"}
-CHECKING_CALLS = {"raises", "warns", "fail", "opcheck"}
+# run_case puts an op through the closeness gate of tests/closeness.py.
+CHECKING_CALLS = {"raises", "warns", "fail", "opcheck", "run_case"}
 COMPARISONS = {"allclose", "isclose", "equal", "array_equal"}
 
 
