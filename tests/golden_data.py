@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +83,7 @@ class Golden:
         return float(max(errors))
 
 
-@lru_cache(maxsize=None)
+@cache
 def load(name: str, dtype: torch.dtype = torch.float64) -> Golden:
     """Read a golden file once for each dtype."""
     return Golden(name, dtype)

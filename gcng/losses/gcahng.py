@@ -118,7 +118,7 @@ class GCAHNGLoss(nn.Module):
         generator: torch.Generator | None = None,
         layout: BatchLayout | None = None,
     ) -> MetricTerms:
-        """(19)-(22). Embeddings are differentiated everywhere, also through the graph; gate, kappa, gamma are constants.
+        """(19)-(22). Embeddings are differentiated, also through the graph; gate, kappa, gamma are constants.
 
         Args:
             mix: (K, K - 1) numbers of (18), K the largest number of samples of a class; None draws

@@ -81,7 +81,10 @@ def _edges_backward(
         grads = FieldGradients(field, need_base=need_base, need_chain=need_chain)
         for tile in plan_tiles(n, pairs):
             if stash:
-                h0, w2 = (load_tile(x, n, tile).flatten(0, 1) for x in (hidden, before))
+                rows = tile.shape[0] * tile.shape[1]
+                h0 = field.workspace.take("h0 of layer 0", rows, hidden.shape[1])
+                load_tile(hidden, n, tile, out=h0)
+                w2 = load_tile(before, n, tile).flatten(0, 1)
                 states = [field.restored_state(0, field.initial(tile), tile, h0, w2)]
             else:
                 states = field.edges_with_states(tile)[1]

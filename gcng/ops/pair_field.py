@@ -63,13 +63,30 @@ class LayerState(NamedTuple):
 
 
 class _Prepared(NamedTuple):
-    """A layer with the hidden norm's gain and shift folded into the second map (identity I4)."""
+    """A layer with the hidden norm folded into the second map (identity I4): only row statistics are left of it."""
 
     layer: EdgeLayer
-    ff1_t: Tensor
     folded: Tensor  # (D, 4D) Wff2 diag(gain)
-    folded_t: Tensor
+    row_sums: Tensor  # (D,) of folded: what a constant hidden row would give
     shift: Tensor  # (D,) Wff2 shift + bff2
+
+
+class Workspace:
+    """Scratch tensors by name, allocated once and handed out again for every tile.
+
+    The hidden tensors of a tile are four times as wide as everything else. Taken from the allocator for every tile
+    they would leave its heap in pieces, and the process would grow with the number of tiles.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self._like, self._buffers = like, {}
+
+    def take(self, name: str, rows: int, width: int) -> Tensor:
+        """(rows, width), contents undefined; valid until the name is taken again."""
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < rows * width:
+            buffer = self._buffers[name] = self._like.new_empty(rows * width)
+        return buffer[: rows * width].view(rows, width)
 
 
 class PairField:
@@ -91,6 +108,7 @@ class PairField:
         wide = [x.to(self.dtype) for x in chain]
         starts = range(0, len(chain), CHAIN_WIDTH)
         self.layers = [_prepare(EdgeLayer(*wide[i : i + CHAIN_WIDTH])) for i in starts]
+        self.workspace = Workspace(self.base)
 
     # -- forward ------------------------------------------------------------------------------------------------
 
@@ -150,12 +168,13 @@ class PairField:
         layer = prepared.layer
         gate, scale_row, scale_column, w = self.attend(index, e, tile)
         x = aten.native_layer_norm(aten.gelu(w), [width], layer.ln_weight, layer.ln_bias, EPS)[0]
-        h0 = torch.addmm(layer.ff1_bias, x, prepared.ff1_t)
-        hidden = aten.native_layer_norm(aten.gelu(h0), [h0.shape[-1]], None, None, EPS)[0]
-        w2 = torch.addmm(prepared.shift, hidden, prepared.folded_t).add_(x)
+        h0 = self.workspace.take(f"h0 of layer {index}", x.shape[0], 4 * width)
+        torch.addmm(layer.ff1_bias, x, layer.ff1_weight.T, out=h0)
+        hidden, mean, rstd = _hidden(self.workspace, h0)
+        w2 = torch.mm(hidden, prepared.folded.T).addr_(mean[:, 0], prepared.row_sums, alpha=-1)
+        w2.mul_(rstd).add_(prepared.shift).add_(x)
         out = aten.native_layer_norm(aten.gelu(w2), [width], layer.ln_weight, layer.ln_bias, EPS)[0]
-        state = LayerState(e, gate, scale_row, scale_column, w, h0, w2)
-        return out.view(*tile.shape, width), state
+        return out.view(*tile.shape, width), LayerState(e, gate, scale_row, scale_column, w, h0, w2)
 
     def restored_state(self, index: int, e: Tensor, tile: Tile, h0: Tensor, w2: Tensor) -> LayerState:
         """The state of a layer from its input and the two stashed tensors, without a matrix product over pairs."""
@@ -165,8 +184,19 @@ class PairField:
 
 def _prepare(layer: EdgeLayer) -> _Prepared:
     folded = layer.ff2_weight * layer.ffln_weight
-    shift = torch.addmv(layer.ff2_bias, layer.ff2_weight, layer.ffln_bias)
-    return _Prepared(layer, layer.ff1_weight.T, folded, folded.T, shift)
+    return _Prepared(layer, folded, folded.sum(1), torch.addmv(layer.ff2_bias, layer.ff2_weight, layer.ffln_bias))
+
+
+def _hidden(workspace: Workspace, h0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """gelu of the hidden rows (P, 4D), and the mean and reciprocal deviation of each (P, 1).
+
+    A variance from sums of squares is safe here: the mean of a gelu is of the size of its deviation.
+    """
+    hidden = workspace.take("hidden", *h0.shape)
+    aten.gelu.out(h0, out=hidden)
+    mean = hidden.mean(1, keepdim=True)
+    square = torch.linalg.vector_norm(hidden, dim=1, keepdim=True).square_().div_(h0.shape[1])
+    return hidden, mean, torch.rsqrt((square - mean.square()).clamp_(min=0) + EPS)
 
 
 class FieldGradients:
@@ -190,7 +220,7 @@ class FieldGradients:
         """Backpropagate the gradient (R, S, D) of a tile of edges."""
         for index in reversed(range(len(states))):
             need_input = index > 0 or self.need_base
-            grad = backward_layer(self.field.layers[index], states[index], tile, grad, self.sums[index], need_input)
+            grad = backward_layer(self.field, index, states[index], tile, grad, self.sums[index], need_input)
         if self.base is None:
             return
         if self.field.packed:
@@ -218,6 +248,7 @@ class _LayerSums:
         self.ff1_weight = torch.zeros_like(layer.ff1_weight)
         self.ff1_bias = torch.zeros_like(layer.ff1_bias)
         self.folded = torch.zeros_like(layer.ff2_weight)
+        self.folded_mean = torch.zeros_like(layer.ff2_bias)
         self.shift = torch.zeros_like(layer.ff2_bias)
         self.ln_weight = torch.zeros_like(layer.ln_weight)
         self.ln_bias = torch.zeros_like(layer.ln_bias)
@@ -225,14 +256,15 @@ class _LayerSums:
     def unfold(self, prepared: _Prepared) -> EdgeLayer:
         """Gradients of the unfolded parameters: ``folded = W2 diag(g)``, ``shift = W2 b + b2``."""
         layer = prepared.layer
-        ff2_weight = torch.addcmul(self.folded * layer.ffln_weight, self.shift[:, None], layer.ffln_bias)
+        folded = self.folded - self.folded_mean[:, None]
+        ff2_weight = torch.addcmul(folded * layer.ffln_weight, self.shift[:, None], layer.ffln_bias)
         return EdgeLayer(
             self.key_query,
             self.key_bias,
             self.value,
             self.ff1_weight,
             self.ff1_bias,
-            (layer.ff2_weight * self.folded).sum(0),
+            (layer.ff2_weight * folded).sum(0),
             layer.ff2_weight.T @ self.shift,
             ff2_weight,
             self.shift,
@@ -242,29 +274,20 @@ class _LayerSums:
 
 
 def backward_layer(
-    prepared: _Prepared, state: LayerState, tile: Tile, grad: Tensor, sums: _LayerSums, need_input: bool
+    field: PairField, index: int, state: LayerState, tile: Tile, grad: Tensor, sums: _LayerSums, need_input: bool
 ) -> Tensor | None:
     """Gradient of one edge layer on a tile: adds to ``sums``, returns the gradient of the layer's input (R, S, D)."""
-    layer, width = prepared.layer, grad.shape[-1]
+    prepared, width = field.layers[index], grad.shape[-1]
+    layer = prepared.layer
     r, s = tile.shape
-    flat = grad.reshape(r * s, width)
 
     # (13): the second A, the two maps and the hidden norm between them.
     activated = aten.gelu(state.w2)
     stats = aten.native_layer_norm(activated, [width], None, None, EPS)[1:]
-    grad_w2 = _backward_activation_norm(flat, state.w2, activated, stats, layer, sums)
-    hidden = aten.gelu(state.h0)
-    normed, mean, rstd = aten.native_layer_norm(hidden, [hidden.shape[-1]], None, None, EPS)
-    sums.folded.addmm_(grad_w2.T, normed)
-    sums.shift += grad_w2.sum(0)
-    grad_normed = grad_w2 @ prepared.folded
-    mask = [True, False, False]
-    grad_hidden = aten.native_layer_norm_backward(
-        grad_normed, hidden, [hidden.shape[-1]], mean, rstd, None, None, mask
-    )[0]
-    grad_h0 = aten.gelu_backward(grad_hidden, state.h0)
+    grad_w2 = _backward_activation_norm(grad.reshape(r * s, width), state.w2, activated, stats, layer, sums)
     activated = aten.gelu(state.w)
     x, *stats = aten.native_layer_norm(activated, [width], layer.ln_weight, layer.ln_bias, EPS)
+    grad_h0 = _backward_hidden(field.workspace, prepared, state, grad_w2, x, sums)
     sums.ff1_weight.addmm_(grad_h0.T, x)
     sums.ff1_bias += grad_h0.sum(0)
     grad_x = torch.addmm(grad_w2, grad_h0, layer.ff1_weight)
@@ -290,6 +313,27 @@ def backward_layer(
     grad_w += kappa[..., None] * layer.key_query[tile.rows, None]
     grad_w -= kappa[..., None] * layer.key_query[None, tile.columns]
     return grad_w
+
+
+def _backward_hidden(
+    workspace: Workspace, prepared: _Prepared, state: LayerState, grad: Tensor, x: Tensor, sums: _LayerSums
+) -> Tensor:
+    """Gradient of h0 (P, 4D) from that of w2 (P, D), through the second map, the hidden norm and the gelu.
+
+    The two row means that the norm's backward needs follow from vectors of width D, before the product.
+    """
+    hidden, mean, rstd = _hidden(workspace, state.h0)
+    scaled = grad * rstd
+    sums.folded.addmm_(scaled.T, hidden)
+    sums.folded_mean.addmv_(scaled.T, mean[:, 0])
+    sums.shift += grad.sum(0)
+    mean_grad = torch.mv(grad, prepared.row_sums)[:, None] / hidden.shape[1]
+    mapped = (state.w2 - x).sub_(prepared.shift)
+    mean_product = mapped.mul_(grad).sum(1, keepdim=True) / hidden.shape[1]
+    slope = rstd.square() * mean_product
+    out = torch.mm(scaled, prepared.folded, out=workspace.take("grad_h0", *hidden.shape))
+    out.addcmul_(hidden, slope, value=-1).add_(slope * mean - rstd * mean_grad)
+    return aten.gelu_backward.grad_input(out, state.h0, grad_input=out)
 
 
 def _backward_activation_norm(

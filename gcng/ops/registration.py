@@ -6,6 +6,8 @@ registered for all devices (blocked torch); kernels for a device are added to it
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,8 +28,18 @@ def define_op(schema: str, implementation: Callable[..., Any], fake: Callable[..
         The ``torch.ops.gcng.<name>.default`` overload, to be called by the autograd formula and the public function.
     """
     name = schema.split("(", 1)[0]
+
+    @functools.wraps(implementation)
+    def outside_autocast(*arguments: Any, **options: Any) -> Any:
+        # A backward called inside an autocast region must not round the products of a kernel.
+        with contextlib.ExitStack() as stack:
+            for kind in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            return implementation(*arguments, **options)
+
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
-    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, outside_autocast, "CompositeExplicitAutograd")
     torch.library.register_fake(f"gcng::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.gcng, name).default
 

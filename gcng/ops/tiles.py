@@ -11,6 +11,8 @@ Packed storage holds the upper triangle row by row, N (N + 1) / 2 vectors: pair 
 
 from __future__ import annotations
 
+import bisect
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -72,24 +74,21 @@ def plan_tiles(n: int, pairs_per_tile: int, boundaries: Sequence[int] | None = N
     Returns:
         Tiles by rows, then columns; every unordered pair is in exactly one of them.
     """
-    cuts = list(range(n + 1)) if boundaries is None else list(boundaries)
+    cuts = range(n + 1) if boundaries is None else boundaries
     # More than a sixteenth of the rows at once would waste too much on the squares of the diagonal.
-    most_rows = max(2, n // 16)
+    height = max(1, min(max(2, n // 16), math.isqrt(pairs_per_tile) // 4))
+    width = max(1, pairs_per_tile // height)
+    # Columns are cut on one grid for all rows: nearly all tiles then have the same size, and the allocator hands
+    # out the same blocks again instead of splitting them a little further with every row.
+    grid = [cuts[bisect.bisect_right(cuts, column) - 1] for column in range(width, n, width)]
+    grid = sorted({*grid, n} - {0})
     tiles, row = [], 0
     while row < len(cuts) - 1:
-        r0 = cuts[row]
-        wanted = min(most_rows, max(1, pairs_per_tile // max(n - r0, 1)))
-        end = row + 1
-        while end < len(cuts) - 1 and cuts[end + 1] - r0 <= wanted:
-            end += 1
-        r1, column, c0 = cuts[end], end, cuts[row]
-        wanted_columns = max(1, pairs_per_tile // (r1 - r0))
-        while c0 < n:
-            # A tile takes columns until it is full; one that starts on the diagonal holds its square at least.
-            while column < len(cuts) - 1 and (cuts[column] == c0 or cuts[column + 1] - c0 <= wanted_columns):
-                column += 1
-            tiles.append(Tile(r0, r1, c0, cuts[column]))
-            c0 = cuts[column]
+        end = max(row + 1, bisect.bisect_right(cuts, cuts[row] + height) - 1)
+        r0, r1, c0 = cuts[row], cuts[end], cuts[row]
+        for c1 in grid[bisect.bisect_left(grid, r1) :]:
+            tiles.append(Tile(r0, r1, c0, c1))
+            c0 = c1
         row = end
     return tiles
 
@@ -107,14 +106,16 @@ def _row_pieces(n: int, tile: Tile):
         yield i, slice(first - tile.c0, tile.c1 - tile.c0), slice(start + first, start + tile.c1)
 
 
-def load_tile(packed: Tensor, n: int, tile: Tile, *, symmetric: bool = True) -> Tensor:
-    """Read a tile (R, S, D) from packed storage (P, D).
+def load_tile(
+    packed: Tensor, n: int, tile: Tile, *, symmetric: bool = True, out: Tensor | None = None
+) -> Tensor:
+    """Read a tile (R, S, D) from packed storage (P, D), into ``out`` (R S, D) where it is given.
 
     Below the diagonal it holds the mirrored values, or zeros where ``symmetric`` is False (gradients: the whole
     gradient of an unordered pair belongs to one of its two evaluations).
     """
     r, s = tile.shape
-    out = packed.new_empty((r, s, packed.shape[-1]))
+    out = packed.new_empty((r, s, packed.shape[-1])) if out is None else out.view(r, s, -1)
     for i, columns, positions in _row_pieces(n, tile):
         out[i, columns] = packed[positions]
         if tile.is_diagonal and i > 0:

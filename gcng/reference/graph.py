@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -10,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gcng.reference.attention import negative_attention
 from gcng.reference.correlation import center_normalize, initial_edges
 from gcng.reference.edges import activation_norm, edges
 from gcng.reference.gates import batch_norm
@@ -40,22 +40,11 @@ def linear(x: Tensor, p: Mapping[str, Tensor], name: str) -> Tensor:
     return F.linear(x, p[f"{name}.w"], p[f"{name}.b"])
 
 
-def negative_attention_dense(q: Tensor, k: Tensor, v: Tensor, labels: Tensor) -> Tensor:
-    """(4)-(6): attention over other classes with one extra zero logit, (N, H, h) x3 -> (N, H, h)."""
-    scores = torch.einsum("bhd,ahd->hba", q, k) / math.sqrt(q.shape[-1])
-    allowed = labels[:, None] != labels[None, :]
-    scores = torch.where(allowed, scores, torch.full_like(scores, -math.inf))
-    shift = scores.detach().amax(-1, keepdim=True).clamp(min=0)
-    weights = torch.exp(scores - shift)
-    weights = weights / (torch.exp(-shift) + weights.sum(-1, keepdim=True))
-    return torch.einsum("hba,ahd->bhd", weights, v)
-
-
 def node_layer(f: Tensor, e: Tensor, labels: Tensor, p: Mapping[str, Tensor], num_heads: int) -> Tensor:
     """(4)-(8): attention over negatives, messages of the edges, feed-forward; one norm used three times."""
     heads = (f.shape[0], num_heads, f.shape[1] // num_heads)
     q, k, v = (linear(f, p, name).reshape(heads) for name in "qkv")
-    attended = negative_attention_dense(q, k, v, labels).reshape(f.shape)
+    attended = negative_attention(q, k, v, labels).reshape(f.shape)
     f = activation_norm(f + linear(attended, p, "o"), p["ln.w"], p["ln.b"])
     f = activation_norm(f + messages(e, p["e2n.w"], p["e2n.b"]), p["ln.w"], p["ln.b"])
     return activation_norm(f + linear(F.gelu(linear(f, p, "ff1")), p, "ff2"), p["ln.w"], p["ln.b"])

@@ -1,0 +1,145 @@
+"""The memory budget: sizes, plans, the estimate, and the proof that no tensor over all pairs and channels exists."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import gcng
+from gcng.memory import default_budget, format_bytes, parse_bytes, plan_memory
+
+ROOT = Path(__file__).resolve().parents[1]
+MIB = 2**20
+
+# One phase after the other at a size whose N x N x D tensor alone is larger than the limit.
+LIMITED = """
+import json, resource, torch, gcng
+torch.set_num_threads(2)
+n, width, limit = {n}, {width}, {limit}
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+torch.manual_seed(0)
+criterion = gcng.losses.GCAHNGLoss(width, 100)
+z = torch.randn(n, width, requires_grad=True)
+labels = torch.arange(n) // 2 % 100
+metric = criterion.metric_terms(z, labels)
+metric.total.backward()
+generator = criterion.generator_terms(z, labels)
+generator.total.backward()
+refused = False
+try:
+    torch.empty(n, n, width)
+except RuntimeError:
+    refused = True
+print(json.dumps(dict(
+    losses=[metric.total.item(), generator.total.item()], refused=refused,
+    finite=all(p.grad is None or bool(p.grad.isfinite().all()) for p in criterion.parameters()),
+    missing=sorted(name for name, p in criterion.named_parameters() if p.grad is None),
+)))
+"""
+
+
+def test_no_tensor_over_all_pairs_and_channels() -> None:
+    # 2,048 samples, 128 channels: one N x N x D tensor is 2.1 GB; the whole data segment gets 900 MB.
+    script = LIMITED.format(n=2048, width=128, limit=900 * 10**6)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=1500, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout)
+    assert result["refused"], "the limit holds: the dense tensor cannot be allocated"
+    assert result["finite"] and all(loss > 0 for loss in result["losses"])
+    assert result["missing"] == []
+
+
+class LargestAllocation(torch.utils._python_dispatch.TorchDispatchMode):
+    """Records the most elements that any op returned, those inside the gcng ops included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for value in out if isinstance(out, (list, tuple)) else (out,):
+            if isinstance(value, torch.Tensor) and value.untyped_storage().nbytes():
+                self.largest = max(self.largest, value.untyped_storage().nbytes() // value.element_size())
+        return out
+
+
+def test_every_allocation_fits_the_plan() -> None:
+    n, width = 128, 16
+    criterion = gcng.losses.GCAHNGLoss(width, 10, 2, memory_budget="1800KiB")
+    z, labels = torch.randn(n, width, requires_grad=True), torch.arange(n) % 10
+    plan = criterion.graph.memory_plan(z)
+    assert not plan.stash_edges
+    with LargestAllocation() as seen:
+        criterion.metric_terms(z, labels).total.backward()
+        criterion.generator_terms(z, labels).total.backward()
+    # At least the rows of one class times all columns make a tile, its hidden tensor is four times as wide.
+    assert seen.largest < n * n * width // 4
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), (("2GiB", 2 * 2**30), ("500 MB", 500_000_000), ("1.5k", 1536), (4096, 4096), ("1e6", 10**6))
+)
+def test_parse_bytes(text: int | str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ("", "GiB", "-1", 0, "1 parsec", "nan", float("nan"), float("inf")))
+def test_parse_bytes_refuses(text: object) -> None:
+    with pytest.raises(ValueError, match="memory_budget"):
+        parse_bytes(text)
+
+
+def test_parse_bytes_refuses_types() -> None:
+    with pytest.raises(TypeError, match="memory_budget must be a number of bytes or a string, got bool"):
+        parse_bytes(True)
+
+
+def test_plans_keep_more_with_more_budget() -> None:
+    kept = []
+    for budget in (40 * MIB, 200 * MIB, 400 * MIB, 4096 * MIB):
+        estimate = plan_memory(320, 256, 1, budget=budget)
+        assert estimate.peak_bytes <= budget
+        assert estimate.peak_bytes == sum(estimate.terms.values())
+        plan = estimate.plan
+        kept.append(plan.stash_edges + plan.stash_hidden + plan.stash_small)
+    assert kept == sorted(kept) and kept[0] == 0 and kept[-1] == 3
+
+
+def test_default_budget() -> None:
+    assert default_budget(64 * 2**30) == 512 * MIB
+    assert default_budget(1024 * MIB) == 256 * MIB
+
+
+def test_estimate_names_its_terms() -> None:
+    estimate = gcng.estimate_memory(256, 64, 2, 1000, memory_budget="1GiB")
+    assert {"nodes", "tile workspace", "edges", "hidden", "classifier"} <= set(estimate.terms)
+    assert estimate.peak_bytes == sum(estimate.terms.values())
+    assert estimate.terms["classifier"] == 4 * 1000 * 65 * 4
+    assert format_bytes(estimate.peak_bytes) in str(estimate)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    (
+        ((0, 64), {}, "num_samples must be a positive integer, got 0"),
+        ((8, 64, 1.5), {}, "num_layers must be a positive integer, got 1.5"),
+        ((8, 64), {"dtype": "int8"}, "dtype 'int8' is unknown; use one of float16"),
+        ((8, 64), {"memory_budget": "much"}, "memory_budget is 'much'"),
+    ),
+)
+def test_estimate_refuses(arguments: tuple, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        gcng.estimate_memory(*arguments, **options)
+
+
+def test_estimate_refuses_what_cannot_fit() -> None:
+    with pytest.raises(MemoryError, match=r"N = 16384, D = 512, L = 1 needs .* GiB \(nodes .*raise memory_budget"):
+        gcng.estimate_memory(16384, 512, memory_budget="64MiB")
