@@ -282,7 +282,7 @@ BAD_BATCHES = {
     "1-D embeddings": (lambda z, y: (z[0], y), ValueError, r"metric_terms: embeddings must be \(N, D\), got shape"),
     "integer embeddings": (lambda z, y: (z.long(), y), TypeError, "embeddings has dtype torch.int64; use"),
     "sparse embeddings": (lambda z, y: (z.to_sparse(), y), TypeError, "dense strided tensor, got layout"),
-    "wrong width": (lambda z, y: (z[:, :3], y), ValueError, r"shape \(4, 3\); expected \(N, D\) with D = embedding_size"),
+    "wrong width": (lambda z, y: (z[:, :3], y), ValueError, r"shape \(4, 3\); expected \(N, D\) with D ="),
     "labels too short": (lambda z, y: (z, y[:2]), ValueError, r"labels has shape \(2,\); expected \(4,\)"),
     "2-D labels": (lambda z, y: (z, y[:, None]), ValueError, r"use labels.squeeze\(1\)"),
     "float labels": (lambda z, y: (z, y.float()), TypeError, "labels has dtype torch.float32; use an integer dtype"),
