@@ -39,6 +39,8 @@ TERMS = {
     "generator": "generator total (27)",
 }
 
+FROM_ZERO = ("n_pair", "synthetic", "similarity")
+
 
 def draw_all(outcomes: list[dict], test: GlyphDataset, runs: Path, folder: Path) -> dict[str, Path]:
     """Draw every figure; returns name -> file."""
@@ -75,7 +77,8 @@ def draw_loss_terms(outcomes: list[dict]) -> Figure:
             if name in outcome["terms"]:
                 _curve(axes, outcome["terms"][name], COLORS[outcome["method"]])
         axes.set_title(title)
-        axes.set_ylim(bottom=0)
+        if name in FROM_ZERO:
+            axes.set_ylim(bottom=0)
     for axes in grid[1]:
         axes.set_xlabel("iteration")
     handles = [Line2D([], [], color=COLORS[m], lw=2, label=METHOD_NAMES[m]) for m in METHOD_NAMES]
@@ -173,7 +176,6 @@ def draw_diversity(outcomes: list[dict]) -> Figure:
         spread.plot(iterations, [probe["gate_spread"] for probe in probes], marker="o", ms=4, label=label)
     terms.set(xlabel="iteration", ylim=(0, None))
     terms.set_ylabel("similarity (25): 1 - cosine", color="#4477aa")
-    diversity.set_ylim(bottom=0)
     diversity.set_ylabel("diversity (26)", color="#cc6644")
     terms.set_title("terms of the generator, unweighted")
     largest = max(probe["gate_spread"] for outcome in outcomes for probe in outcome["probes"])

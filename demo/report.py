@@ -18,9 +18,9 @@ TITLES = {
 CAPTIONS = {
     "loss_terms": """
         Thin: every iteration of every seed; thick: running means. N-pair trains on the first term alone; in GCA-HNG
-        the same term is one of three that train the extractor, beside the synthetic N-pair and the node cross-
-        entropy. The weight of the synthetic term starts near 0 and grows as the generator total of the epoch before
-        falls (21).
+        the same term is one of three that train the extractor, beside the synthetic N-pair and the cross-entropy
+        of the graph's nodes. The weight of the synthetic term starts near 0 and grows as the generator total of the
+        epoch before falls (21).
     """,
     "neighbors": """
         Test letters, first seed. The upper half of the queries is drawn from all test images, the lower half from
@@ -30,7 +30,9 @@ CAPTIONS = {
     "confusable_pairs": """
         r: Pearson correlation of the mean embeddings of two letters (gcng.functional.correlation_topk), GCA-HNG,
         first seed; each letter in Sans, Mono and Serif. Mistaken: images of the two letters whose nearest neighbor
-        among all test images is the other letter.
+        among all test images is the other letter. Letters that look alike in Sans, Mono and Serif at once are one
+        class; some that are drawn alike in most faces but not in all three remain two, and no training can tell
+        those apart.
     """,
     "hardness": """
         One fixed batch of training classes, without augmentation and dropout, first seed. At 1 (dotted) a negative
@@ -40,7 +42,7 @@ CAPTIONS = {
     "diversity": """
         Left: how far synthetic negatives turn away from the real ones (25), and the term that rewards different
         gates for different negatives (26). Middle: the spread that it rewards, root mean square over anchors and
-        channels of the fixed batch. Right: the distribution of the gates.
+        channels of the fixed batch; it makes (26) negative. Right: the distribution of the gates.
     """,
 }
 STYLE = """
