@@ -11,7 +11,7 @@ from typing import Any
 from gcng._version import __version__
 
 _MODULES = (
-    "cli", "data", "evaluation", "functional", "kernels", "losses", "memory", "models", "nn", "ops", "reference",
+    "cli", "data", "evaluation", "functional", "kernels", "losses", "memory", "models", "nn", "ops", "recipes", "reference",
     "training",
 )  # fmt: skip
 _NAMES = {
