@@ -116,9 +116,9 @@ def _rlimits() -> list[int]:
     return [limit - taken for limit, taken in limits if limit != resource.RLIM_INFINITY]
 
 
-# Rows of 4 D floats that are alive at once in a tile's backward, and rows of D (measured, see docs/memory.md).
-_TILE_HIDDEN_ROWS, _TILE_ROWS = 6, 16
-_TILE_BYTES = 8 * MIB  # of one (pairs, 4 D) tensor: large enough for the GEMM, small enough for the caches
+# Vectors of 4 D and of D numbers that one pair of a tile takes at most, in the backward of an edge layer.
+_TILE_HIDDEN_ROWS, _TILE_ROWS = 4, 16
+_TILE_BYTES = 16 * MIB  # of one (pairs, 4 D) tensor: enough for the GEMM and against call overhead, not out of cache
 
 
 def _terms(n: int, d: int, layers: int, samples_per_class: int, item: int, plan: MemoryPlan) -> dict[str, int]:
