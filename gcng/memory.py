@@ -118,7 +118,7 @@ def _rlimits() -> list[int]:
 
 # Vectors of 4 D and of D numbers that one pair of a tile takes at most, in the backward of an edge layer.
 _TILE_HIDDEN_ROWS, _TILE_ROWS = 4, 16
-_TILE_BYTES = 16 * MIB  # of one (pairs, 4 D) tensor: enough for the GEMM and against call overhead, not out of cache
+_TILE_BYTES = 16 * MIB  # of one (pairs, 4 D) tensor: large against call overhead, not out of cache
 
 
 def _terms(n: int, d: int, layers: int, samples_per_class: int, item: int, plan: MemoryPlan) -> dict[str, int]:
