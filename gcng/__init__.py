@@ -11,8 +11,8 @@ from typing import Any
 from gcng._version import __version__
 
 _MODULES = (
-    "cli", "data", "evaluation", "functional", "kernels", "losses", "memory", "models", "nn", "ops", "recipes", "reference",
-    "training",
+    "cli", "data", "evaluation", "functional", "kernels", "losses", "memory", "models", "nn", "ops", "recipes",
+    "reference", "training",
 )  # fmt: skip
 _NAMES = {
     "BatchLayout": "gcng.batch_layout",
