@@ -65,8 +65,7 @@ def _arrays(outcome: Outcome) -> dict[str, Tensor]:
     arrays = {f"loss {name}": loss for name, loss in outcome.losses.items() if name != "diversity"}
     arrays["loss spread"] = 1 - outcome.losses["diversity"] / 0.01
     for name, gradient in outcome.gradients.items():
-        if not (
-            name.startswith("generator/edge") and name.endswith(".k.b")
-        ):  # zero: it shifts both logits alike
+        # Mathematically zero in both phases: the key bias shifts both logits alike.
+        if not ("/edge" in name and name.endswith(".k.b")):
             arrays[f"gradient {name}"] = gradient
     return arrays
