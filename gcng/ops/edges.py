@@ -11,12 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gcng.ops.messages import any_needed
-from gcng.ops.pair_field import CHAIN_WIDTH, Dropout, FieldGradients, PairField, with_smaller_tiles
-from gcng.ops.registration import compute_dtype, define_autocast, define_gradient, define_op
+from gcng.ops.pair_field import CHAIN_WIDTH, FIELD, Dropout, FieldGradients, PairField, with_smaller_tiles
+from gcng.ops.registration import any_needed, compute_dtype, define_autocast, define_gradient, define_op
 from gcng.ops.tiles import load_tile, pair_count, plan_tiles, store_tile
-
-_FIELD = "Tensor base, bool packed, Tensor[] chain, Tensor identity, Tensor seed, float p, int first_layer"
 
 
 def _edges(
@@ -104,10 +101,10 @@ def _edges_backward_fake(
 
 
 edges = define_op(
-    f"edges({_FIELD}, int pairs_per_tile, bool stash) -> (Tensor, Tensor, Tensor)", _edges, _edges_fake
+    f"edges({FIELD}, int pairs_per_tile, bool stash) -> (Tensor, Tensor, Tensor)", _edges, _edges_fake
 )
 _backward = define_op(
-    f"edges_backward(Tensor grad, Tensor hidden, Tensor before, {_FIELD}, int pairs_per_tile, bool stash, "
+    f"edges_backward(Tensor grad, Tensor hidden, Tensor before, {FIELD}, int pairs_per_tile, bool stash, "
     "bool need_base, bool need_chain) -> Tensor[]",
     _edges_backward,
     _edges_backward_fake,

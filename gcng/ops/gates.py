@@ -11,9 +11,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from gcng.ops.messages import any_needed
-from gcng.ops.pair_field import Dropout, FieldGradients, PairField, with_smaller_tiles
-from gcng.ops.registration import compute_dtype, define_autocast, define_gradient, define_op
+from gcng.ops.pair_field import FIELD, Dropout, FieldGradients, PairField, with_smaller_tiles
+from gcng.ops.registration import any_needed, compute_dtype, define_autocast, define_gradient, define_op
 from gcng.ops.tiles import Tile, pair_count, pair_weights, plan_tiles
 
 EPS = 1e-5
@@ -121,7 +120,6 @@ class GateGradients:
         return (grad_logits.reshape(-1, e.shape[-1]) @ self.head.folded).view_as(e) - weights * correction
 
 
-_FIELD = "Tensor base, bool packed, Tensor[] chain, Tensor identity, Tensor seed, float p, int first_layer"
 
 
 def _edge_moments(
@@ -182,10 +180,10 @@ def _edge_moments_backward_fake(
 
 
 edge_moments = define_op(
-    f"edge_moments({_FIELD}, int pairs_per_tile) -> (Tensor, Tensor)", _edge_moments, _edge_moments_fake
+    f"edge_moments({FIELD}, int pairs_per_tile) -> (Tensor, Tensor)", _edge_moments, _edge_moments_fake
 )
 _backward = define_op(
-    f"edge_moments_backward(Tensor grad_mean, Tensor grad_var, Tensor mean, {_FIELD}, int pairs_per_tile, "
+    f"edge_moments_backward(Tensor grad_mean, Tensor grad_var, Tensor mean, {FIELD}, int pairs_per_tile, "
     "bool need_base, bool need_chain) -> Tensor[]",
     _edge_moments_backward,
     _edge_moments_backward_fake,

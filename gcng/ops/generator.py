@@ -15,10 +15,9 @@ from torch import Tensor
 
 from gcng.ops.class_cross_entropy import streamed_logit_gradient, streamed_logsumexp
 from gcng.ops.gates import GateGradients, GateHead, edge_weights, packed_chunks
-from gcng.ops.messages import any_needed
-from gcng.ops.n_pair import BATCH, FIELD, HEAD, Gates, make_synthesis, prepare_gates
-from gcng.ops.pair_field import Dropout, FieldGradients, PairField, with_smaller_tiles
-from gcng.ops.registration import compute_dtype, define_autocast, define_gradient, define_op
+from gcng.ops.n_pair import BATCH, HEAD, Gates, make_synthesis, prepare_gates
+from gcng.ops.pair_field import FIELD, Dropout, FieldGradients, PairField, with_smaller_tiles
+from gcng.ops.registration import any_needed, compute_dtype, define_autocast, define_gradient, define_op
 from gcng.ops.synthesis import Side, Synthesis
 from gcng.ops.tiles import Tile, add_tile, pair_weights, plan_tiles, split_mirror, store_tile
 

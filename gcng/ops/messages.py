@@ -11,14 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gcng.ops.pair_field import Dropout, FieldGradients, PairField, with_smaller_tiles
-from gcng.ops.registration import define_autocast, define_gradient, define_op
+from gcng.ops.pair_field import FIELD, Dropout, FieldGradients, PairField, with_smaller_tiles
+from gcng.ops.registration import any_needed, define_autocast, define_gradient, define_op
 from gcng.ops.tiles import load_tile, pair_count, plan_tiles, split_mirror, store_tile
 
 aten = torch.ops.aten
 
-_FIELD = "Tensor base, bool packed, Tensor[] chain, Tensor identity, Tensor seed, float p, int first_layer"
-_SCHEMA = f"({_FIELD}, Tensor weight, Tensor bias, int pairs_per_tile, bool stash) -> (Tensor, Tensor)"
+_SCHEMA = f"({FIELD}, Tensor weight, Tensor bias, int pairs_per_tile, bool stash) -> (Tensor, Tensor)"
 
 
 def _messages(
@@ -116,7 +115,7 @@ def _messages_backward_fake(
 
 messages = define_op(f"messages{_SCHEMA}", _messages, _messages_fake)
 _backward = define_op(
-    f"messages_backward(Tensor grad, Tensor kept, {_FIELD}, Tensor weight, Tensor bias, int pairs_per_tile, "
+    f"messages_backward(Tensor grad, Tensor kept, {FIELD}, Tensor weight, Tensor bias, int pairs_per_tile, "
     "bool stash, bool need_base, bool need_chain) -> Tensor[]",
     _messages_backward,
     _messages_backward_fake,
@@ -143,11 +142,6 @@ def _gradient(ctx, grad: Tensor | None, _grad_kept: Tensor):
     grad_base = rest.pop(0) if need_base else None
     grad_chain = rest if need_chain else [None] * len(chain)
     return grad_base, None, grad_chain, None, None, None, None, grad_weight, grad_bias, None, None
-
-
-def any_needed(needs) -> bool:
-    """Whether any tensor of a list argument needs a gradient (a bool or a list of bools, by torch version)."""
-    return any(needs) if isinstance(needs, (list, tuple)) else bool(needs)
 
 
 define_gradient("messages", _gradient, _setup_context)

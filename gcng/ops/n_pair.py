@@ -16,12 +16,11 @@ from torch import Tensor
 
 from gcng.ops.gates import GateHead, moments
 from gcng.ops.layout import class_boundaries
-from gcng.ops.pair_field import Dropout, PairField, with_smaller_tiles
+from gcng.ops.pair_field import FIELD, Dropout, PairField, with_smaller_tiles
 from gcng.ops.registration import compute_dtype, define_autocast, define_gradient, define_op
 from gcng.ops.synthesis import EmbeddingGradients, Side, Synthesis, check_mix
 from gcng.ops.tiles import Tile, load_tile, pair_count, plan_tiles, store_tile
 
-FIELD = "Tensor base, bool packed, Tensor[] chain, Tensor identity, Tensor seed, float p, int first_layer"
 HEAD = "Tensor norm_weight, Tensor gate_weight, Tensor gate_bias"
 BATCH = "Tensor z, Tensor kappa, Tensor mix, Tensor class_start"
 

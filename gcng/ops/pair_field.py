@@ -39,6 +39,8 @@ class EdgeLayer(NamedTuple):
 
 
 CHAIN_WIDTH = len(EdgeLayer._fields)
+# How the schema of an op spells a field.
+FIELD = "Tensor base, bool packed, Tensor[] chain, Tensor identity, Tensor seed, float p, int first_layer"
 
 
 class Dropout(NamedTuple):

@@ -60,6 +60,11 @@ def define_gradient(name: str, backward: Callable[..., Any], setup_context: Call
     )
 
 
+def any_needed(needs: Any) -> bool:
+    """Whether any tensor of a list argument needs a gradient (a bool or a list of bools, by torch version)."""
+    return any(needs) if isinstance(needs, (list, tuple)) else bool(needs)
+
+
 def define_autocast(name: str, dtype: torch.dtype = torch.float32, devices: tuple[str, ...] = ("cpu", "cuda")) -> None:
     """Under autocast, cast the floating inputs of an op to ``dtype``, so that mixed node dtypes meet in one."""
     for device in devices:
