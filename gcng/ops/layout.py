@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gcng.batch_layout import BatchLayout
+from gcng.ops import native
 from gcng.ops.registration import define_op
 from gcng.reference.dropout import node_identity
 
@@ -30,7 +31,17 @@ class ClassMajor(NamedTuple):
     identity: Tensor  # node identity for the counter-based dropout
 
 
+native.define(
+    "class_layout(Tensor labels, Tensor(a!) order, Tensor(b!) class_index, Tensor(c!) rank, "
+    "Tensor(d!) class_start) -> ()"
+)
+
+
 def _class_layout(labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if labels.device.type == "cpu" and (kernels := native.cpu()) is not None:
+        outputs = _class_layout_fake(labels)
+        kernels.class_layout(labels.long().contiguous(), *outputs)
+        return outputs
     n = labels.shape[0]
     position = torch.arange(n, device=labels.device)
     distinct, inverse = torch.unique(labels.long(), return_inverse=True)
