@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests import triton_interpreter
+
 TEST_THREADS = 2
 TEST_SEED = 20250101
 
@@ -30,6 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(TEST_THREADS)
     hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+    triton_interpreter.configure(config)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

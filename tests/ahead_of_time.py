@@ -1,0 +1,262 @@
+"""Compiles the kernels that ship for GPUs that are not here, and holds what comes out to their limits.
+
+A module of ``kernels/`` lists its launches in ``compilation_cases()``: each case calls a launcher on meta tensors,
+``recorded_launches`` keeps the launches, and their signatures are derived from the recorded arguments as triton
+derives them. Nothing is written down twice, so what is compiled here is what a GPU would run.
+
+    python -m tests.ahead_of_time class_cross_entropy --architectures 90     prints the resources of every kernel
+
+Owns the rules (:func:`broken_rules`): shared memory within what a block may have, no register spilled in a loop
+around products, other spills only as declared, tensor cores where products allow them, no tf32 unless asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import importlib
+import io
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+ARCHITECTURES = (80, 90, 100)
+SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+TENSOR_CORES = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+# Products in SASS, by tensor cores and, for float32 without them, by fused multiply-add.
+PRODUCTS = ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA", "DMMA")
+TYPES = {
+    "float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16",
+    "int64": "i64", "int32": "i32", "int16": "i16", "int8": "i8", "uint8": "u8", "bool": "i1",
+}  # fmt: skip
+INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?(.*?);")
+BRANCH = re.compile(r"^BRA\b.*?0x([0-9a-f]+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """One kernel compiled for one architecture."""
+
+    case: str
+    kernel: str
+    architecture: int
+    registers: int
+    shared: int
+    spills: int  # local memory instructions, all
+    loop_spills: int  # those in innermost loops around products
+    seconds: float
+    broken: tuple[str, ...]
+
+    def __str__(self) -> str:
+        head = f"sm_{self.architecture:<3d} {self.case:40s} {self.kernel:44s}"
+        body = f"{self.registers:3d} registers {self.shared / 1024:6.1f} KiB {self.spills:4d} spills, "
+        return "\n    ".join([f"{head} {body}{self.loop_spills} in loops, {self.seconds:.1f} s", *self.broken])
+
+
+def kernel_modules() -> list[str]:
+    """Names of the modules in kernels/ that hold kernels, by their registry."""
+    import gcng.kernels as package
+
+    names = [module.name for module in pkgutil.iter_modules(package.__path__)]
+    texts = {name: (Path(package.__path__[0]) / f"{name}.py") for name in names}
+    return [n for n in names if texts[n].exists() and "\ndef compilation_cases(" in texts[n].read_text("utf-8")]
+
+
+def _type_of(value: Any) -> tuple[str, bool]:
+    """Triton's type of a runtime argument, and whether it is a multiple of 16; mirrors what a launch specializes on."""
+    import torch
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    if value is None:
+        return "constexpr", False
+    if isinstance(value, torch.Tensor):
+        aligned = value.storage_offset() * value.element_size() % 16 == 0
+        return "*" + TYPES[str(value.dtype).removeprefix("torch.")], aligned
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{TYPES[str(value.base.dtype).removeprefix('torch.')]}{list(value.block_shape)}>", False
+    if isinstance(value, bool):
+        return "u1", False
+    if isinstance(value, int):
+        return ("constexpr" if value == 1 else "i32" if -(2**31) <= value < 2**31 else "i64"), value % 16 == 0
+    if isinstance(value, float):
+        return "fp32", False
+    raise TypeError(f"ahead_of_time: no triton type for an argument of type {type(value).__name__}")
+
+
+def _signature(launch: Any) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], list]]:
+    """Signature, constants and attributes of a recorded launch, as ``triton.compiler.ASTSource`` wants them."""
+    signature, constants, attributes = {}, {}, {}
+    declared = {parameter.name for parameter in launch.kernel.params if parameter.is_constexpr}
+    for place, (name, value) in enumerate(launch.arguments.items()):
+        kind, aligned = ("constexpr", False) if name in declared else _type_of(value)
+        signature[name] = kind
+        if kind == "constexpr":
+            constants[(place,)] = value
+        elif aligned:
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def _disassembled(cubin: bytes) -> tuple[list[tuple[int, str]], int]:
+    """Instructions (address, text) of a cubin, and its registers."""
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        texts = [
+            subprocess.run([knobs.nvidia.cuobjdump.path, option, str(path)], capture_output=True, text=True)
+            for option in ("-sass", "-res-usage")
+        ]
+    code = [(int(address, 16), text) for address, text in INSTRUCTION.findall(texts[0].stdout)]
+    registers = re.search(r"REG:(\d+)", texts[1].stdout + texts[1].stderr)
+    if not code or registers is None:
+        raise RuntimeError(f"cuobjdump gave nothing to read: {texts[0].stderr}{texts[1].stderr}")
+    return code, int(registers[1])
+
+
+def _spills(code: list[tuple[int, str]]) -> tuple[int, int]:
+    """Local memory instructions in all, and in the innermost loops around products."""
+
+    def count(texts: list[str], names: tuple[str, ...]) -> int:
+        opcodes = collections.Counter(text.split()[0].split(".")[0] for text in texts)
+        return sum(opcodes[name] for name in names)
+
+    everything = [text for _, text in code]
+    products = PRODUCTS if count(everything, PRODUCTS) else ("FFMA", "DFMA")
+    loops = []
+    for address, text in code:
+        branch = BRANCH.match(text)
+        if branch and int(branch[1], 16) < address:
+            start = int(branch[1], 16)
+            body = [inner for place, inner in code if start <= place <= address]
+            if count(body, products):
+                loops.append((start, address, count(body, ("LDL", "STL"))))
+    innermost = [
+        spilled for start, end, spilled in loops
+        if not any((a, b) != (start, end) and start <= a and b <= end for a, b, _ in loops)
+    ]  # fmt: skip
+    return count(everything, ("LDL", "STL")), sum(innermost)
+
+
+def _wants_tensor_cores(ttir: str) -> bool:
+    """Whether a product of the kernel is of a kind that every supported architecture multiplies in tensor cores."""
+    for line in ttir.splitlines():
+        if "tt.dot" in line:
+            operand = re.search(r": tensor<[0-9x]+x(\w+)", line)
+            if operand and (operand[1] in ("f16", "bf16") or "inputPrecision = tf32" in line):
+                return True
+    return False
+
+
+def broken_rules(case: Any, kernel: str, arch: int, assembly: dict, shared: int, spills: tuple[int, int]) -> list[str]:
+    """What a compiled kernel does that it must not, in words; empty for a good one."""
+    broken = []
+    if shared > SHARED_MEMORY[arch]:
+        broken.append(f"needs {shared} bytes of shared memory, a block has {SHARED_MEMORY[arch]}")
+    # On sm_100 waits are placed out of line, so that a backward branch is no loop.
+    if spills[1] and arch < 100:
+        broken.append(f"{spills[1]} spills in a loop around products")
+    if spills[0] > case.spills.get(kernel, 0):
+        broken.append(f"{spills[0]} spills, declared are {case.spills.get(kernel, 0)}")
+    if not case.tf32 and "tf32" in assembly["ptx"]:
+        broken.append("tf32 in the PTX, asked was ieee")
+    if _wants_tensor_cores(assembly["ttir"]) and kernel not in case.without_tensor_cores:
+        wanted = [TENSOR_CORES[arch]] + (["cp.async"] if arch < 90 else [])
+        broken += [f"no {name} in the PTX" for name in wanted if name not in assembly["ptx"]]
+    return broken
+
+
+def compile_launch(case: Any, launch: Any, arch: int) -> Resources:
+    """Compile one recorded launch and judge it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    started, name = time.perf_counter(), launch.kernel.fn.__name__
+    signature, constants, attributes = _signature(launch)
+    source = triton.compiler.ASTSource(launch.kernel, signature, constants, attributes)
+    options = {"num_warps": launch.schedule.num_warps, "num_stages": launch.schedule.num_stages}
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # triton prints all of the PTX when ptxas fails
+            built = triton.compile(
+                source, target=GPUTarget("cuda", arch, 32), options={**options, "enable_fp_fusion": True}
+            )
+    except Exception as error:
+        reason = f"does not compile: {type(error).__name__}: {str(error).strip()[:2000]}"
+        return Resources(case.name, name, arch, 0, 0, 0, 0, time.perf_counter() - started, (reason,))
+    code, registers = _disassembled(built.asm["cubin"])
+    spills, shared = _spills(code), built.metadata.shared
+    broken = tuple(broken_rules(case, name, arch, built.asm, shared, spills))
+    return Resources(case.name, name, arch, registers, shared, *spills, time.perf_counter() - started, broken)
+
+
+def compile_here(module: str, architectures: tuple[int, ...], share: int = 0, shares: int = 1) -> list[Resources]:
+    """Compile every distinct launch of a module in this process, or one share of them."""
+    from gcng.kernels.launch import recorded_launches
+
+    seen, work = set(), []
+    for case in importlib.import_module(f"gcng.kernels.{module}").compilation_cases():
+        for arch in architectures:
+            with recorded_launches(arch, tf32=case.tf32) as recording:
+                case.call()
+            if not recording.launches:
+                raise RuntimeError(f"{module}: case {case.name} launches no kernel")
+            for launch in recording.launches:
+                identity = (arch, launch.kernel.fn.__name__, repr(_signature(launch)), launch.schedule, case.tf32)
+                if identity not in seen:
+                    seen.add(identity)
+                    work.append((case, launch, arch))
+    return [compile_launch(*item) for item in work[share::shares]]
+
+
+def compile_module(module: str, architectures: tuple[int, ...] = ARCHITECTURES) -> list[Resources]:
+    """Compile a module's launches in child processes without the interpreter; TRITON_CACHE_DIR is kept if set."""
+    shares = min(2, os.cpu_count() or 1)
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {"TRITON_CACHE_DIR": folder, **os.environ, "OMP_NUM_THREADS": "1"}
+        environment.pop("TRITON_INTERPRET", None)
+        command = [sys.executable, "-m", "tests.ahead_of_time", module, "--json", "--architectures"]
+        command += [*map(str, architectures), "--share"]
+        children = [
+            subprocess.Popen(
+                [*command, str(share), str(shares)], cwd=ROOT, env=environment, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            )
+            for share in range(shares)
+        ]  # fmt: skip
+        outputs = [child.communicate() for child in children]
+    found = []
+    for child, (output, errors) in zip(children, outputs, strict=True):
+        if child.returncode != 0:
+            raise RuntimeError(f"{module}: the compiling process ended with {child.returncode}\n{errors[-4000:]}")
+        rows = json.loads(output.splitlines()[-1])
+        found += [Resources(**{**row, "broken": tuple(row["broken"])}) for row in rows]
+    return sorted(found, key=lambda x: (x.case, x.kernel, x.architecture))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("module", help="a module of kernels/, e.g. class_cross_entropy")
+    parser.add_argument("--architectures", nargs="+", type=int, default=list(ARCHITECTURES))
+    parser.add_argument("--share", nargs=2, type=int, default=[0, 1], metavar=("INDEX", "COUNT"))
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    found = compile_here(options.module, tuple(options.architectures), *options.share)
+    if options.json:
+        print(json.dumps([dataclasses.asdict(x) for x in found]))
+    else:
+        print(*found, sep="\n")
+
+
+if __name__ == "__main__":
+    main()
