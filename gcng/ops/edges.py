@@ -11,9 +11,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gcng.ops.pair_field import CHAIN_WIDTH, FIELD, Dropout, FieldGradients, PairField, with_smaller_tiles
-from gcng.ops.registration import any_needed, compute_dtype, define_autocast, define_gradient, define_op
-from gcng.ops.tiles import load_tile, pair_count, plan_tiles, store_tile
+from gcng.ops.dispatch import operand_dtype
+from gcng.ops.pair_field import (
+    CHAIN_WIDTH,
+    FIELD,
+    Dropout,
+    FieldGradients,
+    HiddenState,
+    PairField,
+    with_smaller_tiles,
+)
+from gcng.ops.registration import any_needed, define_autocast, define_gradient, define_op
+from gcng.ops.tiles import pair_count, plan_tiles
 
 
 def _edges(
@@ -37,18 +46,18 @@ def _edges(
         kept = pair_count(n) if stash else 0
         hidden, before = field.base.new_empty((kept, 4 * width)), field.base.new_empty((kept, width))
         for tile in plan_tiles(n, pairs):
-            e, states = field.edges_with_states(tile)
-            store_tile(out, n, tile, e)
-            if stash:
-                store_tile(hidden, n, tile, states[0].h0.view(*tile.shape, -1))
-                store_tile(before, n, tile, states[0].w2.view(*tile.shape, -1))
+            if len(field.layers) == 1:
+                kept_tensors = (hidden, before) if stash else None
+                field.forward_layer(0, field.initial(), tile, out, keep=False, packed=True, stash=kept_tensors)
+            else:
+                field.kernels.store(out, n, tile, field.edges(tile))
         return out, hidden, before
 
     return with_smaller_tiles(run, pairs_per_tile)
 
 
 def _edges_fake(base, packed, chain, identity, seed, p, first_layer, pairs_per_tile, stash):
-    n, width, dtype = identity.shape[0], base.shape[-1], compute_dtype(base.dtype)
+    n, width, dtype = identity.shape[0], base.shape[-1], operand_dtype(base)
     kept = n * (n + 1) // 2 if stash else 0
     sizes = ((n * (n + 1) // 2, width), (kept, 4 * width), (kept, width))
     return tuple(base.new_empty(size, dtype=dtype) for size in sizes)
@@ -72,20 +81,16 @@ def _edges_backward(
 ) -> list[Tensor]:
     n = identity.shape[0]
     field = PairField(base, packed, n, chain, Dropout(identity, seed, p, first_layer))
-    wide_grad = grad.to(field.dtype)
+    wide_grad = grad.to(field.dtype).contiguous()
 
     def run(pairs: int) -> list[Tensor]:
         grads = FieldGradients(field, need_base=need_base, need_chain=need_chain)
         for tile in plan_tiles(n, pairs):
             if stash:
-                rows = tile.shape[0] * tile.shape[1]
-                h0 = field.workspace.take("h0 of layer 0", rows, hidden.shape[1])
-                load_tile(hidden, n, tile, out=h0)
-                w2 = load_tile(before, n, tile).flatten(0, 1)
-                states = [field.restored_state(0, field.initial(tile), tile, h0, w2)]
+                states = [field.restored_state(0, field.initial(), tile, HiddenState(hidden, before, True))]
             else:
                 states = field.edges_with_states(tile)[1]
-            grads.add(tile, load_tile(wide_grad, n, tile, symmetric=False), states)
+            grads.add(tile, wide_grad, states, packed=True)
         out = [grads.base.to(base.dtype)] if need_base else []
         return out + ([g.to(x.dtype) for g, x in zip(grads.chain(), chain, strict=True)] if need_chain else [])
 

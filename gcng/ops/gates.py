@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gcng.ops.pair_field import FIELD, Dropout, FieldGradients, PairField, with_smaller_tiles
+from gcng.ops.products import accumulate, linear, product
 from gcng.ops.registration import any_needed, compute_dtype, define_autocast, define_gradient, define_op
 from gcng.ops.tiles import Tile, pair_count, pair_weights, plan_tiles
 
@@ -26,10 +27,10 @@ def packed_chunks(n: int, pairs: int) -> Iterator[slice]:
 
 
 def edge_weights(tile: Tile, like: Tensor) -> Tensor:
-    """How many ordered pairs each column of a tile stands for, (S, 1): 2 where mirrored, else 1."""
-    weights = like.new_full((tile.shape[1], 1), 2.0)
-    weights[: tile.mirror] = 1.0
-    return weights
+    """How many ordered pairs each pair of a tile stands for, (R S, 1): 2 where its column is mirrored, else 1."""
+    weights = torch.full((*tile.shape, 1), 2.0, dtype=compute_dtype(like.dtype), device=like.device)
+    weights[:, : tile.mirror] = 1.0
+    return weights.flatten(0, 1)
 
 
 def moments(field: PairField, pairs: int) -> tuple[Tensor, Tensor]:
@@ -43,11 +44,8 @@ def moments(field: PairField, pairs: int) -> tuple[Tensor, Tensor]:
     total, squares = (torch.zeros(width, dtype=torch.float64, device=field.base.device) for _ in range(2))
     for values, weights in _weighted_edges(field, pairs):
         if shift is None:
-            shift = values.mean(0)
-        centered = values - shift
-        weighted = centered * weights
-        total += weighted.sum(0)
-        squares += (weighted * centered).sum(0)
+            shift = values.mean(0, dtype=field.dtype)
+        field.kernels.moments(values, weights, shift, total, squares)
     if shift is None:
         return total.to(field.dtype), squares.to(field.dtype)
     mean = total / field.n**2
@@ -63,8 +61,7 @@ def _weighted_edges(field: PairField, pairs: int) -> Iterator[tuple[Tensor, Tens
         return
     for tile in plan_tiles(field.n, pairs):
         e = field.edges(tile)
-        weights = edge_weights(tile, e).expand(tile.shape[0], -1, -1)
-        yield e.flatten(0, 1), weights.flatten(0, 1)
+        yield e, edge_weights(tile, e)
 
 
 class GateHead:
@@ -72,20 +69,25 @@ class GateHead:
 
     Args:
         norm_weight: (D,) gain. weight: (D, D). bias: (D,). mean, var: (D,) of :func:`moments`.
+        operand: dtype of the operands of products over pairs.
     """
 
-    def __init__(self, norm_weight: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> None:
+    def __init__(
+        self, norm_weight: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, operand: torch.dtype
+    ) -> None:
         dtype = mean.dtype
         self.gain, self.weight, self.mean = norm_weight.to(dtype), weight.to(dtype), mean
         self.rstd = torch.rsqrt(var + EPS)
-        self.folded = self.weight * (self.gain * self.rstd)
-        self.shift = bias.to(dtype) - self.folded @ mean
+        # Rounded to the operand's dtype first: the mean is taken away of what is really multiplied.
+        self.folded = (self.weight * (self.gain * self.rstd)).to(operand)
+        self.shift = bias.to(dtype) - self.folded.to(dtype) @ mean
+        self._operands = self.folded, self.shift.to(operand)
         # The gate of an average edge: sums of gates are taken around it.
         self.center = torch.sigmoid(bias.to(dtype))
 
-    def gates(self, e: Tensor) -> Tensor:
-        """(..., D) edges to (..., D) gates."""
-        return torch.addmm(self.shift, e.reshape(-1, e.shape[-1]), self.folded.T).sigmoid_().view_as(e)
+    def logits(self, e: Tensor, out: Tensor) -> Tensor:
+        """(B, D) edges to the logits of their gates, written to ``out`` (B, D)."""
+        return linear(e, *self._operands, out)
 
 
 class GateGradients:
@@ -94,15 +96,19 @@ class GateGradients:
     Two passes: :meth:`add` over all pairs, :meth:`finish`, then :meth:`edge_gradient` for every pair.
     """
 
-    def __init__(self, head: GateHead, n: int) -> None:
-        self.head, self.n = head, n
+    def __init__(self, head: GateHead, field: PairField) -> None:
+        self.head, self.field, self.n = head, field, field.n
         self.map = torch.zeros_like(head.weight)
         self.bias = torch.zeros_like(head.shift)
 
     def add(self, grad_logits: Tensor, e: Tensor) -> None:
-        """Add pairs: gradients of the gate logits (P, D), both orders summed, and their edges (P, D)."""
-        self.map.addmm_(grad_logits.T, e - self.head.mean)
-        self.bias += grad_logits.sum(0)
+        """Add pairs: gradients of the gate logits (B, D), both orders summed, and their edges (B, D).
+
+        ``bias`` is added to where the gradients of the logits are made.
+        """
+        centered = self.field.workspace.take("centered", *e.shape)
+        self.field.kernels.center(e, self.head.mean, centered)
+        accumulate(self.map, grad_logits.T, centered)
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the norm's gain, the map and its bias."""
@@ -115,11 +121,11 @@ class GateGradients:
         return grad_gain, normalized * head.gain, self.bias
 
     def edge_gradient(self, grad_logits: Tensor, e: Tensor, weights: Tensor) -> Tensor:
-        """Gradient of the edges, for pairs that stand for ``weights`` ordered pairs each."""
-        correction = torch.addcmul(self.constant, e - self.head.mean, self.linear)
-        return (grad_logits.reshape(-1, e.shape[-1]) @ self.head.folded).view_as(e) - weights * correction
-
-
+        """Gradient of the edges (B, D), for pairs that stand for ``weights`` (B, 1) ordered pairs each."""
+        out = self.field.workspace.take("grad", *e.shape, self.field.dtype)
+        product(grad_logits, self.head.folded, out)
+        self.field.kernels.norm_gradient(out, e, weights, self.head.mean, self.constant, self.linear)
+        return out
 
 
 def _edge_moments(
@@ -163,7 +169,7 @@ def _edge_moments_backward(
         grads = FieldGradients(field, need_base=need_base, need_chain=need_chain)
         for tile in plan_tiles(n, pairs):
             e, states = field.edges_with_states(tile)
-            grad = (grad_mean + 2 * grad_var * (e - mean)) * (edge_weights(tile, e) / n**2)
+            grad = (grad_mean + 2 * grad_var * (e.to(field.dtype) - mean)) * (edge_weights(tile, e) / n**2)
             grads.add(tile, grad, states)
         out = [grads.base.to(base.dtype)] if need_base else []
         return out + ([g.to(x.dtype) for g, x in zip(grads.chain(), chain, strict=True)] if need_chain else [])

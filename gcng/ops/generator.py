@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from gcng.ops.class_cross_entropy import streamed_logit_gradient, streamed_logsumexp
+from gcng.ops.dispatch import operand_dtype
 from gcng.ops.gates import GateGradients, GateHead, edge_weights, packed_chunks
 from gcng.ops.n_pair import BATCH, HEAD, Gates, make_synthesis, prepare_gates
 from gcng.ops.pair_field import FIELD, Dropout, FieldGradients, PairField, with_smaller_tiles
+from gcng.ops.pair_kernels import GateSpread
 from gcng.ops.registration import any_needed, compute_dtype, define_autocast, define_gradient, define_op
-from gcng.ops.synthesis import Side, Synthesis
-from gcng.ops.tiles import Tile, add_tile, pair_weights, plan_tiles, split_mirror, store_tile
+from gcng.ops.synthesis_tiles import Side, Synthesis, Synthetic, SyntheticGradients
+from gcng.ops.tiles import Tile, pair_weights, plan_tiles
 
 COSINE_FLOOR = 1e-8  # as torch.nn.functional.cosine_similarity
 CLASSES = "Tensor class_labels, Tensor dropped_class, Tensor classifier_weight, Tensor? classifier_bias"
@@ -34,42 +36,30 @@ class Classes(NamedTuple):
     bias: Tensor | None  # (C,)
 
 
-class _GateSpread:
-    """Sums of the gates around the gate of an average edge, from which (26) follows (identity I5)."""
+def _empty_spread(gates: Gates) -> GateSpread:
+    center, base = gates.head.center, gates.field.base
+    squares = torch.zeros((), dtype=torch.float64, device=center.device)
+    return GateSpread(center, base.new_zeros((gates.field.n, center.shape[0]), dtype=center.dtype), squares)
 
-    def __init__(self, gates: Gates) -> None:
-        self.center, self.n = gates.head.center, gates.field.n
-        self.row_sums = gates.field.base.new_zeros((self.n, self.center.shape[0]))
-        self.squares = torch.zeros((), dtype=torch.float64, device=self.center.device)
 
-    def add(self, tile: Tile, values: Tensor) -> None:
-        centered = values - self.center
-        rows, columns = split_mirror(centered, tile)
-        self.row_sums[tile.rows] += rows
-        self.row_sums[tile.mirrored] += columns
-        per_channel = centered.square_().sum(0)
-        total = per_channel.sum(dtype=torch.float64) + per_channel[tile.mirror :].sum(dtype=torch.float64)
-        self.squares += total
-
-    def finish(self) -> tuple[Tensor, Tensor]:
-        """Row means of the gates (N, D), and the spread: the square root of (26), 0-dim float64."""
-        explained = self.row_sums.square().sum(dtype=torch.float64) / max(self.n, 1)
-        spread = ((self.squares - explained).clamp(min=0) / max(self.n, 1) ** 2).sqrt()
-        return self.row_sums / max(self.n, 1) + self.center, spread
+def _row_means_and_deviation(spread: GateSpread, n: int) -> tuple[Tensor, Tensor]:
+    """Row means of the gates (N, D), and their deviation: the square root of (26), 0-dim float64."""
+    explained = spread.row_sums.square().sum(dtype=torch.float64) / max(n, 1)
+    deviation = ((spread.squares - explained).clamp(min=0) / max(n, 1) ** 2).sqrt()
+    return spread.row_sums / max(n, 1) + spread.center, deviation
 
 
 def _rows_of(side: Side, classes: Classes) -> Tensor:
     """Target label of each synthetic negative of a side, (A m,)."""
-    starts = side.synthesis.boundaries[side.classes.start : side.classes.stop]
-    labels = classes.class_labels[torch.tensor(starts, device=classes.class_labels.device)]
+    labels = classes.class_labels[side.synthesis.starts[side.classes]]
     return labels.expand(side.a.shape[0], -1).reshape(-1)
 
 
-def _cosines(side: Side, syn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _cosines(side: Side, syn: Synthetic) -> tuple[Tensor, Tensor, Tensor]:
     """Cosine of every anchor and synthetic negative (A, m), and both norms."""
     anchor_norm = torch.linalg.vector_norm(side.a, dim=-1).clamp(min=COSINE_FLOOR)[:, None]
-    norm = torch.linalg.vector_norm(syn, dim=-1).clamp(min=COSINE_FLOOR)
-    return torch.matmul(syn, side.a[:, :, None])[..., 0] / (anchor_norm * norm), anchor_norm, norm
+    norm = syn.squares.sqrt().clamp(min=COSINE_FLOOR)
+    return syn.dots / (anchor_norm * norm), anchor_norm, norm
 
 
 def _counted(side: Side, classes: Classes) -> Tensor:
@@ -107,30 +97,27 @@ def _generator_synthesis(
 
     def run(pairs: int) -> tuple[Tensor, ...]:
         gates, mean, var = prepare_gates(field, norm_weight, gate_weight, gate_bias, pairs, stash)
-        spread = _GateSpread(gates)
+        spread = _empty_spread(gates)
         lse = torch.zeros((n, synthesis.num_classes), dtype=torch.float64, device=z.device)
         entropy, distance = (torch.zeros((), dtype=torch.float64, device=z.device) for _ in range(2))
 
         def visit(side: Side, gate: Tensor) -> None:
             nonlocal entropy, distance
-            syn = side.synthesize(side.pull(gate))
+            syn = side.synthesize(gate)
             target = _rows_of(side, classes)
-            side_lse, logit = streamed_logsumexp(syn.flatten(0, 1), classifier_weight, classifier_bias, target)
-            lse[side.anchors, side.classes] = side_lse.view(syn.shape[:2])
-            losses = (side_lse - logit).view(syn.shape[:2])
+            side_lse, logit = streamed_logsumexp(syn.values.flatten(0, 1), classifier_weight, classifier_bias, target)
+            lse[side.anchors, side.classes] = side_lse.view(side.shape)
+            losses = (side_lse - logit).view(side.shape)
             entropy = entropy + torch.where(side.valid, losses, torch.zeros_like(losses)).sum()
             cosine = _cosines(side, syn)[0].double()
             distance = distance + torch.where(_counted(side, classes), 1 - cosine, torch.zeros_like(cosine)).sum()
 
         boundaries = synthesis.boundaries if synthesis.has_negatives else None
         for tile in plan_tiles(n, pairs, boundaries):
-            values = gates.head.gates(field.edges(tile))
-            if stash:
-                store_tile(gates.kept, n, tile, values)
-            spread.add(tile, values)
+            values = gates.of(field.edges(tile), tile, spread=spread, fill=True).view(*tile.shape, -1)
             for side in synthesis.sides(tile) if synthesis.has_negatives else ():
                 visit(side, side.view(values))
-        row_means, deviation = spread.finish()
+        row_means, deviation = _row_means_and_deviation(spread, n)
         pair_total = max(synthesis.num_anchors * synthesis.num_classes, 1)
         terms = (entropy / pair_total, distance / pair_total, 0.01 * (1 - deviation))
         return *(x.to(field.dtype) for x in terms), mean, var, lse, row_means, deviation, gates.kept
@@ -144,9 +131,10 @@ def _generator_synthesis_fake(
 ):  # fmt: skip
     n, width = z.shape
     num_classes = torch.library.get_ctx().new_dynamic_size(min=0)
-    sizes = ((), (), (), (width,), (width,), None, (n, width), None, (n * (n + 1) // 2 if stash else 0, width))
+    sizes = ((), (), (), (width,), (width,), None, (n, width), None, None)
     out = [None if size is None else z.new_empty(size, dtype=compute_dtype(base.dtype)) for size in sizes]
     out[5], out[7] = z.new_empty((n, num_classes), dtype=torch.float64), z.new_empty((), dtype=torch.float64)
+    out[8] = z.new_empty((n * (n + 1) // 2 if stash else 0, width), dtype=operand_dtype(base))
     return tuple(out)
 
 
@@ -168,38 +156,38 @@ class _GateGradient:
         self.grad_weight: Tensor | None = None
         self.grad_bias: Tensor | None = None
 
-    def logits(self, tile: Tile, values: Tensor, *, need_classifier: bool) -> Tensor:
-        """Gradient of the gate logits of a tile (R, S, D), from its gates."""
-        out = values - self.row_means[tile.rows, None]
-        mirrored = out[:, tile.mirror :]
-        mirrored += values[:, tile.mirror :] - self.row_means[None, tile.mirrored]
-        out *= self.scale_spread
+    def logits(self, tile: Tile, values: Tensor, bias: Tensor | None, *, need_classifier: bool) -> Tensor:
+        """Gradient of the gate logits of a tile (R S, D), from its gates; its column sum is added to ``bias`` (D,)."""
+        field = self.gates.field
+        grad = field.take_wide("grad gates", tile)
+        field.kernels.spread_gradient(values, self.row_means, self.scale_spread, tile, grad)
         for side in self.synthesis.sides(tile) if self.synthesis.has_negatives else ():
-            part = side.view(out)
-            spread = side.expand_classes(self._synthetic(side, side.view(values), need_classifier))
-            part += spread.mul_(side.difference).mul_(side.slope[..., None])
-        return torch.ops.aten.sigmoid_backward(out, values)
+            syn = side.synthesize(side.view(values.view(*tile.shape, -1)))
+            grads = self._synthetic(side, syn, need_classifier)
+            side.add_gate_gradient(syn, grads, side.view(grad.view(*tile.shape, -1)))
+        out = grad if field.operand == field.dtype else field.take("grad logits", tile)
+        field.kernels.gate_logits_gradient(grad, values, out, bias)
+        return out
 
-    def _synthetic(self, side: Side, gate: Tensor, need_classifier: bool) -> Tensor:
-        """Gradient of the synthetic negatives of a side, (A, m, D)."""
-        syn = side.synthesize(side.pull(gate))
+    def _synthetic(self, side: Side, syn: Synthetic, need_classifier: bool) -> SyntheticGradients:
+        """Gradients of the synthetic negatives of a side."""
         scale = torch.where(side.valid, self.scale_entropy, torch.zeros_like(self.scale_entropy))
         grad, grad_weight, grad_bias = streamed_logit_gradient(
-            syn.flatten(0, 1),
+            syn.values.flatten(0, 1),
             self.classes.weight,
             self.classes.bias,
             _rows_of(side, self.classes),
             self.lse[side.anchors, side.classes].reshape(-1),
-            scale.expand(syn.shape[:2]).reshape(-1),
+            scale.expand(side.shape).reshape(-1),
             need_weight=need_classifier,
         )
         if need_classifier:
             self._add_classifier(grad_weight, grad_bias)
         cosine, anchor_norm, norm = _cosines(side, syn)
         scale = torch.where(_counted(side, self.classes), self.scale_distance, torch.zeros_like(cosine))
-        toward = (scale / (anchor_norm * norm))[..., None] * side.a[:, None]
-        away = (scale * cosine / norm.square())[..., None] * syn
-        return grad.view_as(syn) - toward + away
+        return SyntheticGradients(
+            grad.view_as(syn.values), -scale / (anchor_norm * norm), 0.5 * scale * cosine / norm.square()
+        )
 
     def _add_classifier(self, grad_weight: Tensor, grad_bias: Tensor | None) -> None:
         if self.grad_weight is None:
@@ -243,12 +231,12 @@ def _generator_synthesis_backward(
 ) -> list[Tensor]:
     field = PairField(base, packed, z.shape[0], chain, Dropout(identity, seed, p, first_layer))
     synthesis = make_synthesis("generator_synthesis", z, kappa, mix, class_start, field.dtype)
-    gates = Gates(field, GateHead(norm_weight, gate_weight, gate_bias, mean, var), kept)
+    gates = Gates(field, GateHead(norm_weight, gate_weight, gate_bias, mean, var, field.operand), kept)
     classes = Classes(class_labels, dropped_class, classifier_weight, classifier_bias)
 
     def run(pairs: int) -> list[Tensor]:
         gradient = _GateGradient(gates, synthesis, classes, (lse, row_means, deviation), grads)
-        head_grads = GateGradients(gates.head, field.n)
+        head_grads = GateGradients(gates.head, field)
         field_grads = FieldGradients(field, need_base=need_base, need_chain=need_chain)
         if field.packed and not field.layers:
             out_head = _backward_materialized(gates, gradient, head_grads, field_grads, pairs, need_classifier)
@@ -288,8 +276,8 @@ def _backward_materialized(
     field = gates.field
     buffer = field_grads.base if field_grads.base is not None else torch.zeros_like(field.base)
     for tile in _plan(gates, gradient.synthesis, pairs):
-        logits = gradient.logits(tile, gates.tile(tile), need_classifier=need_classifier)
-        add_tile(buffer, field.n, tile, logits)
+        logits = gradient.logits(tile, gates.tile(tile), head_grads.bias, need_classifier=need_classifier)
+        field.kernels.add_packed(buffer, field.n, tile, logits)
     for chunk in packed_chunks(field.n, pairs):
         head_grads.add(buffer[chunk], field.base[chunk])
     out = head_grads.finish()
@@ -309,16 +297,16 @@ def _backward_recomputing(
     need_classifier: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Nothing is stored: every tile is evaluated once for the sums over all pairs, and once more for its gradient."""
-    field, head = gates.field, gates.head
+    field = gates.field
     tiles = _plan(gates, gradient.synthesis, pairs)
     for tile in tiles:
         e = field.edges(tile)
-        logits = gradient.logits(tile, head.gates(e), need_classifier=need_classifier)
-        head_grads.add(logits.flatten(0, 1), e.flatten(0, 1))
+        logits = gradient.logits(tile, gates.of(e, tile), head_grads.bias, need_classifier=need_classifier)
+        head_grads.add(logits, e)
     out = head_grads.finish()
     for tile in tiles if field_grads.wanted else ():
         e, states = field.edges_with_states(tile)
-        logits = gradient.logits(tile, head.gates(e), need_classifier=False)
+        logits = gradient.logits(tile, gates.of(e, tile), None, need_classifier=False)
         field_grads.add(tile, head_grads.edge_gradient(logits, e, edge_weights(tile, e)), states)
     return out
 

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gcng.ops.dispatch import operand_dtype
 from gcng.ops.pair_field import FIELD, Dropout, FieldGradients, PairField, with_smaller_tiles
+from gcng.ops.products import accumulate, linear, product
 from gcng.ops.registration import any_needed, define_autocast, define_gradient, define_op
-from gcng.ops.tiles import load_tile, pair_count, plan_tiles, split_mirror, store_tile
-
-aten = torch.ops.aten
+from gcng.ops.tiles import pair_count, plan_tiles
 
 _SCHEMA = f"({FIELD}, Tensor weight, Tensor bias, int pairs_per_tile, bool stash) -> (Tensor, Tensor)"
 
@@ -35,18 +35,15 @@ def _messages(
 ) -> tuple[Tensor, Tensor]:
     n = identity.shape[0]
     field = PairField(base, packed, n, chain, Dropout(identity, seed, p, first_layer))
-    weight_t, wide_bias = weight.to(field.dtype).T, bias.to(field.dtype)
+    operands = weight.to(field.operand), bias.to(field.operand)
 
     def run(pairs: int) -> tuple[Tensor, Tensor]:
-        out = field.base.new_zeros((n, weight.shape[0]))
+        out = field.base.new_zeros((n, weight.shape[0]), dtype=field.dtype)
         kept = field.base.new_empty((pair_count(n) if stash else 0, weight.shape[0]))
         for tile in plan_tiles(n, pairs):
-            before = torch.addmm(wide_bias, field.edges(tile).flatten(0, 1), weight_t).view(*tile.shape, -1)
-            if stash:
-                store_tile(kept, n, tile, before)
-            rows, columns = split_mirror(aten.gelu_(before), tile)
-            out[tile.rows] += rows
-            out[tile.mirrored] += columns
+            before = field.take("messages", tile, weight.shape[0])
+            linear(field.edges(tile), *operands, before)
+            field.kernels.messages(before, n, tile, out, stash=kept if stash else None)
         return out.to(base.dtype), kept
 
     return with_smaller_tiles(run, pairs_per_tile)
@@ -55,8 +52,8 @@ def _messages(
 def _messages_fake(
     base, packed, chain, identity, seed, p, first_layer, weight, bias, pairs_per_tile, stash
 ):
-    n, dtype = identity.shape[0], torch.float64 if base.dtype == torch.float64 else torch.float32
-    kept = base.new_empty((n * (n + 1) // 2 if stash else 0, weight.shape[0]), dtype=dtype)
+    n = identity.shape[0]
+    kept = base.new_empty((n * (n + 1) // 2 if stash else 0, weight.shape[0]), dtype=operand_dtype(base))
     return base.new_empty((n, weight.shape[0])), kept
 
 
@@ -79,25 +76,22 @@ def _messages_backward(
 ) -> list[Tensor]:
     n = identity.shape[0]
     field = PairField(base, packed, n, chain, Dropout(identity, seed, p, first_layer))
-    wide_grad, wide_weight, wide_bias = (x.to(field.dtype) for x in (grad, weight, bias))
+    wide_grad, operands = grad.to(field.dtype).contiguous(), (weight.to(field.operand), bias.to(field.operand))
 
     def run(pairs: int) -> list[Tensor]:
         grads = FieldGradients(field, need_base=need_base, need_chain=need_chain)
-        grad_weight, grad_bias = torch.zeros_like(wide_weight), torch.zeros_like(wide_bias)
+        grad_weight, grad_bias = (torch.zeros_like(x, dtype=field.dtype) for x in operands)
         for tile in plan_tiles(n, pairs):
             e, states = field.edges_with_states(tile) if grads.wanted else (field.edges(tile), [])
-            flat = e.flatten(0, 1)
-            if stash:
-                before = load_tile(kept, n, tile).flatten(0, 1)
-            else:
-                before = torch.addmm(wide_bias, flat, wide_weight.T)
-            received = wide_grad[tile.rows, None].repeat(1, tile.shape[1], 1)
-            received[:, tile.mirror :] += wide_grad[None, tile.mirrored]
-            grad_before = aten.gelu_backward(received.flatten(0, 1), before)
-            grad_weight.addmm_(grad_before.T, flat)
-            grad_bias += grad_before.sum(0)
+            before = kept
+            if not stash:
+                before = field.take("messages", tile, weight.shape[0])
+                linear(e, *operands, before)
+            grad_before = field.take("grad messages", tile, weight.shape[0])
+            field.kernels.messages_backward(wide_grad, before, n, tile, grad_before, grad_bias, packed=stash)
+            accumulate(grad_weight, grad_before.T, e)
             if grads.wanted:
-                grads.add(tile, (grad_before @ wide_weight).view_as(e), states)
+                grads.add(tile, product(grad_before, operands[0], field.take_wide("grad", tile)), states)
         out = [grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)]
         out += [grads.base.to(base.dtype)] if need_base else []
         return out + ([g.to(x.dtype) for g, x in zip(grads.chain(), chain, strict=True)] if need_chain else [])

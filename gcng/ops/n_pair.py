@@ -14,12 +14,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gcng.ops.dispatch import operand_dtype, synthesis_kernels
 from gcng.ops.gates import GateHead, moments
 from gcng.ops.layout import class_boundaries
 from gcng.ops.pair_field import FIELD, Dropout, PairField, with_smaller_tiles
+from gcng.ops.pair_kernels import GateSpread
 from gcng.ops.registration import compute_dtype, define_autocast, define_gradient, define_op
-from gcng.ops.synthesis import EmbeddingGradients, Side, Synthesis, check_mix
-from gcng.ops.tiles import Tile, load_tile, pair_count, plan_tiles, store_tile
+from gcng.ops.synthesis_tiles import EmbeddingGradients, Side, Synthesis, SyntheticGradients
+from gcng.ops.tiles import Tile, pair_count, plan_tiles
+from gcng.ops.validation import check_mix
 
 HEAD = "Tensor norm_weight, Tensor gate_weight, Tensor gate_bias"
 BATCH = "Tensor z, Tensor kappa, Tensor mix, Tensor class_start"
@@ -33,10 +36,18 @@ class Gates(NamedTuple):
     kept: Tensor  # (P, D), or (0, D)
 
     def tile(self, tile: Tile) -> Tensor:
-        """Gates (R, S, D), evaluated from the edges or read from the stash."""
-        if self.kept.shape[0]:
-            return load_tile(self.kept, self.field.n, tile)
-        return self.head.gates(self.field.edges(tile))
+        """Gates (R S, D), evaluated from the edges or read from the stash; valid until the next tile."""
+        if not self.kept.shape[0]:
+            return self.of(self.field.edges(tile), tile)
+        return self.field.kernels.load(self.kept, self.field.n, tile, self.field.take("gates", tile))
+
+    def of(self, e: Tensor, tile: Tile, *, spread: GateSpread | None = None, fill: bool = False) -> Tensor:
+        """Gates of the edges (R S, D) of a tile; ``fill`` stashes them, ``spread`` receives their sums."""
+        field = self.field
+        values = self.head.logits(e, field.take("gates", tile))
+        stash = self.kept if fill and self.kept.shape[0] else None
+        field.kernels.gates(values, field.n, tile, stash=stash, spread=spread)
+        return values
 
 
 def make_synthesis(
@@ -45,7 +56,8 @@ def make_synthesis(
     """The geometry of a class-major batch, with the mixing numbers checked against its largest class."""
     boundaries = class_boundaries(class_start)
     check_mix(op, mix, max((b - a for a, b in zip(boundaries, boundaries[1:], strict=False)), default=0))
-    return Synthesis(z.to(dtype), boundaries, kappa, mix)
+    z = z.to(dtype).contiguous()
+    return Synthesis(z, boundaries, kappa, mix, synthesis_kernels(z))
 
 
 def prepare_gates(
@@ -53,7 +65,7 @@ def prepare_gates(
 ) -> tuple[Gates, Tensor, Tensor]:
     """First pass of both phases: statistics of the field, and room for its gates."""
     mean, var = moments(field, pairs)
-    head = GateHead(norm_weight, gate_weight, gate_bias, mean, var)
+    head = GateHead(norm_weight, gate_weight, gate_bias, mean, var, field.operand)
     kept = field.base.new_empty((pair_count(field.n) if stash else 0, field.base.shape[-1]))
     return Gates(field, head, kept), mean, var
 
@@ -63,14 +75,9 @@ def for_each_side(
 ) -> None:
     """Visit both anchor sides of every tile with its gates; ``fill`` evaluates and stashes them on the way."""
     for tile in plan_tiles(gates.field.n, pairs, synthesis.boundaries):
-        if fill:
-            values = gates.head.gates(gates.field.edges(tile))
-            if gates.kept.shape[0]:
-                store_tile(gates.kept, gates.field.n, tile, values)
-        else:
-            values = gates.tile(tile)
+        values = gates.of(gates.field.edges(tile), tile, fill=True) if fill else gates.tile(tile)
         for side in synthesis.sides(tile):
-            visit(side, side.view(values))
+            visit(side, side.view(values.view(*tile.shape, -1)))
 
 
 class _RunningSoftmax:
@@ -83,12 +90,10 @@ class _RunningSoftmax:
         self.squares = torch.zeros((), dtype=torch.float64, device=synthesis.z.device)
 
     def visit(self, side: Side, gate: Tensor) -> None:
-        syn = side.synthesize(side.pull(gate))
+        syn = side.synthesize(gate, need_values=False)
         kept = side.valid & ~side.own
-        squares = torch.where(kept, syn.square().sum(-1), syn.new_zeros(()))
-        self.squares += squares.sum(dtype=torch.float64)
-        logits = torch.matmul(syn, side.a[:, :, None])[..., 0]
-        self.add(side.anchors, torch.where(kept, logits, syn.new_full((), -math.inf)))
+        self.squares += torch.where(kept, syn.squares, syn.squares.new_zeros(())).sum(dtype=torch.float64)
+        self.add(side.anchors, torch.where(kept, syn.dots, syn.dots.new_full((), -math.inf)))
 
     def add(self, anchors: slice, logits: Tensor) -> None:
         before = self.maximum[anchors]
@@ -128,8 +133,8 @@ def _n_pair_synthesis(
         if not synthesis.has_negatives:
             width = z.shape[-1]
             nothing = field.base.new_zeros((pair_count(field.n) if stash else 0, width))
-            empty = [field.base.new_zeros(size) for size in (width, width, z.shape[0])]
-            return field.base.new_zeros(()), *empty, nothing
+            zeros = [field.base.new_zeros(size, dtype=field.dtype) for size in ((), width, width, z.shape[0])]
+            return *zeros, nothing
         gates, mean, var = prepare_gates(field, norm_weight, gate_weight, gate_bias, pairs, stash)
         softmax = _RunningSoftmax(synthesis)
         for_each_side(gates, synthesis, pairs, softmax.visit, fill=True)
@@ -152,8 +157,8 @@ def _n_pair_synthesis_fake(
     gate_bias, l2_reg, pairs_per_tile, stash,
 ):  # fmt: skip
     n, width = z.shape
-    sizes = ((), (width,), (width,), (n,), (n * (n + 1) // 2 if stash else 0, width))
-    return tuple(z.new_empty(size, dtype=compute_dtype(base.dtype)) for size in sizes)
+    out = [z.new_empty(size, dtype=compute_dtype(base.dtype)) for size in ((), (width,), (width,), (n,))]
+    return *out, z.new_empty((n * (n + 1) // 2 if stash else 0, width), dtype=operand_dtype(base))
 
 
 def _n_pair_synthesis_backward(
@@ -183,7 +188,7 @@ def _n_pair_synthesis_backward(
     synthesis = make_synthesis("n_pair_synthesis", z, kappa, mix, class_start, field.dtype)
     if not synthesis.has_negatives:
         return torch.zeros_like(z, memory_format=torch.contiguous_format)
-    gates = Gates(field, GateHead(norm_weight, gate_weight, gate_bias, mean, var), kept)
+    gates = Gates(field, GateHead(norm_weight, gate_weight, gate_bias, mean, var, field.operand), kept)
     upstream = grad.to(field.dtype)
     count, pair_total = synthesis.num_anchors, synthesis.num_anchors * synthesis.num_classes
     decay = 0.5 * l2_reg * upstream
@@ -192,15 +197,12 @@ def _n_pair_synthesis_backward(
         grads = EmbeddingGradients(synthesis)
 
         def visit(side: Side, gate: Tensor) -> None:
-            syn = side.synthesize(side.pull(gate))
             kept_rows = side.valid & ~side.own
-            logits = torch.matmul(syn, side.a[:, :, None])[..., 0]
+            logits = side.synthesize(gate, need_values=False).dots
             probability = (logits - lse[side.anchors][:, None]).exp() * (upstream / count)
             probability = torch.where(kept_rows, probability, torch.zeros_like(probability))
-            penalty = torch.where(kept_rows, decay / pair_total, torch.zeros_like(probability))
-            grads.z[side.anchors] += torch.bmm(probability[:, None, :], syn)[:, 0]
-            grad_syn = syn.mul_(penalty[..., None]).addcmul_(probability[..., None], side.a[:, None])
-            side.backward(grad_syn, gate, grads)
+            penalty = torch.where(kept_rows, 0.5 * decay / pair_total, torch.zeros_like(probability))
+            side.backward(gate, SyntheticGradients(None, probability, penalty), grads)
 
         for_each_side(gates, synthesis, pairs, visit)
         _add_positive_column(grads, lse, upstream / count, decay / count, decay / pair_total)

@@ -1,42 +1,36 @@
 """The lazy edge field: a tile of e_l as a function of the nodes, and its backward.
 
-Owns the edge layer (9)-(13) on a tile of pairs, forward and hand-derived backward (docs/derivations.md). The ops of the
-pair pipeline are reductions over this field: they ask for a tile of edges and hand back its gradient.
+Owns the matrix products of the edge layer (9)-(13) on a tile of pairs, forward and hand-derived backward
+(docs/derivations.md); what runs between them is in :mod:`gcng.ops.pair_kernels`. The ops of the pair pipeline are
+reductions over this field: they ask for a tile of edges and hand back its gradient.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from gcng.ops.dispatch import pair_kernels
+from gcng.ops.pair_kernels import (
+    PACKED,
+    PRODUCT,
+    TILE,
+    EdgeLayer,
+    Edges,
+    HiddenState,
+    LayerDropout,
+    LayerSums,
+    Mix,
+    Prepared,
+)
+from gcng.ops.products import accumulate, linear, product
 from gcng.ops.registration import compute_dtype
-from gcng.ops.tiles import Tile, add_tile, load_tile
-from gcng.reference.dropout import dropout_scales
+from gcng.ops.tiles import Tile
 
-EPS = 1e-5
 T = TypeVar("T")
-aten = torch.ops.aten
-
-
-class EdgeLayer(NamedTuple):
-    """What one edge layer needs: three node tensors and eight weights, in this order in every op's ``chain``."""
-
-    key_query: Tensor  # (N, D) keys through the transposed query map: K Wq
-    key_bias: Tensor  # (N,) K bq
-    value: Tensor  # (N, D)
-    ff1_weight: Tensor  # (4D, D)
-    ff1_bias: Tensor  # (4D,)
-    ffln_weight: Tensor  # (4D,)
-    ffln_bias: Tensor  # (4D,)
-    ff2_weight: Tensor  # (D, 4D)
-    ff2_bias: Tensor  # (D,)
-    ln_weight: Tensor  # (D,)
-    ln_bias: Tensor  # (D,)
-
 
 CHAIN_WIDTH = len(EdgeLayer._fields)
 # How the schema of an op spells a field.
@@ -44,7 +38,7 @@ FIELD = "Tensor base, bool packed, Tensor[] chain, Tensor identity, Tensor seed,
 
 
 class Dropout(NamedTuple):
-    """Counter-based dropout of (11): see gcng.reference.dropout."""
+    """Counter-based dropout of (11) over a chain: see gcng.reference.dropout."""
 
     identity: Tensor  # (N,) int64 node identities
     seed: Tensor  # 0-dim int64
@@ -53,41 +47,31 @@ class Dropout(NamedTuple):
 
 
 class LayerState(NamedTuple):
-    """What the backward of a layer needs of one tile; pairs flattened to R * S rows."""
+    """What the backward of a layer needs of one tile; pairs flattened to R S rows."""
 
-    e: Tensor  # (R, S, D) the layer's input
-    gate: Tensor  # (R, S) sigmoid of (10): the row endpoint's weight
-    scale_row: Tensor | float
-    scale_column: Tensor | float
-    w: Tensor  # (RS, D) before the first A
-    h0: Tensor  # (RS, 4D) before the hidden gelu
-    w2: Tensor  # (RS, D) before the second A
-
-
-class _Prepared(NamedTuple):
-    """A layer with the hidden norm folded into the second map (identity I4): only row statistics are left of it."""
-
-    layer: EdgeLayer
-    folded: Tensor  # (D, 4D) Wff2 diag(gain)
-    row_sums: Tensor  # (D,) of folded: what a constant hidden row would give
-    shift: Tensor  # (D,) Wff2 shift + bff2
+    source: Edges  # the layer's input
+    mix: Mix
+    x: Tensor  # (R S, D) behind the first A
+    hidden: HiddenState
+    # gelu of the hidden layer (R S, 4D), its mean and 1/deviation (R S,), while its workspace still holds them
+    activated: tuple[Tensor, Tensor, Tensor] | None
 
 
 class Workspace:
     """Scratch tensors by name, allocated once and handed out again for every tile.
 
-    The hidden tensors of a tile are four times as wide as everything else. Taken from the allocator for every tile
-    they would leave its heap in pieces, and the process would grow with the number of tiles.
+    Taken from the allocator for every tile they would leave its heap in pieces, and the process would grow with the
+    number of tiles.
     """
 
     def __init__(self, like: Tensor) -> None:
         self._like, self._buffers = like, {}
 
-    def take(self, name: str, rows: int, width: int) -> Tensor:
-        """(rows, width), contents undefined; valid until the name is taken again."""
+    def take(self, name: str, rows: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
+        """(rows, width), contents undefined; valid until the name is taken again, which is always in one dtype."""
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < rows * width:
-            buffer = self._buffers[name] = self._like.new_empty(rows * width)
+            buffer = self._buffers[name] = self._like.new_empty(rows * width, dtype=dtype)
         return buffer[: rows * width].view(rows, width)
 
 
@@ -105,100 +89,106 @@ class PairField:
     ) -> None:
         if len(chain) % CHAIN_WIDTH:
             raise ValueError(f"gcng: an edge layer is {CHAIN_WIDTH} tensors, got a chain of {len(chain)}")
-        self.dtype = compute_dtype(base.dtype)
-        self.base, self.packed, self.n, self.dropout = base.to(self.dtype), packed, n, dropout
-        wide = [x.to(self.dtype) for x in chain]
+        self.kernels = pair_kernels(base)
+        self.dtype, self.operand = compute_dtype(base.dtype), self.kernels.operand_dtype(base.dtype)
+        self.base, self.packed, self.n, self.dropout = base.to(self.operand).contiguous(), packed, n, dropout
+        wide = [x.to(self.dtype).contiguous() for x in chain]
         starts = range(0, len(chain), CHAIN_WIDTH)
-        self.layers = [_prepare(EdgeLayer(*wide[i : i + CHAIN_WIDTH])) for i in starts]
+        self.layers = [_prepare(EdgeLayer(*wide[i : i + CHAIN_WIDTH]), self.operand) for i in starts]
         self.workspace = Workspace(self.base)
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.base.shape[-1]
+
+    def take(self, name: str, tile: Tile, width: int | None = None) -> Tensor:
+        """Scratch for operands of a tile's pairs, (R S, D) or (R S, ``width``)."""
+        rows, columns = tile.shape
+        return self.workspace.take(name, rows * columns, self.width if width is None else width)
+
+    def take_wide(self, name: str, tile: Tile) -> Tensor:
+        """Scratch for what is summed up or normalized, (R S, D) in the field's dtype."""
+        rows, columns = tile.shape
+        return self.workspace.take(name, rows * columns, self.width, self.dtype)
 
     # -- forward ------------------------------------------------------------------------------------------------
 
-    def initial(self, tile: Tile) -> Tensor:
-        """The tile before the chain, (R, S, D)."""
-        if self.packed:
-            return load_tile(self.base, self.n, tile)
-        return self.base[tile.rows, None] * self.base[None, tile.columns]
+    def initial(self) -> Edges:
+        """Where the edges before the chain come from."""
+        return Edges(self.base, PACKED if self.packed else PRODUCT, self.n)
 
     def edges(self, tile: Tile) -> Tensor:
-        """The tile after the chain, (R, S, D)."""
-        e = self.initial(tile)
-        for index in range(len(self.layers)):
-            e, _ = self.forward_layer(index, e, tile)
-        return e
+        """The tile after the chain, (R S, D); valid until the next tile."""
+        return self._run(tile, keep=False)[0]
 
     def edges_with_states(self, tile: Tile) -> tuple[Tensor, list[LayerState]]:
-        """The tile after the chain, and what its backward needs."""
-        e, states = self.initial(tile), []
+        """The tile after the chain, and what its backward needs; valid until the next tile."""
+        return self._run(tile, keep=True)
+
+    def _run(self, tile: Tile, *, keep: bool) -> tuple[Tensor, list[LayerState]]:
+        source, states = self.initial(), []
         for index in range(len(self.layers)):
-            e, state = self.forward_layer(index, e, tile)
+            out = self.take(f"edges {index % 2 if not keep else index}", tile)
+            state = self.forward_layer(index, source, tile, out, keep=keep)
+            source = Edges(out, TILE, self.n)
             states.append(state)
-        return e, states
+        if source.kind == TILE:
+            return source.values, states
+        return self.kernels.edges(source, tile, self.take("edges 0", tile)), states
 
-    def attend(self, index: int, e: Tensor, tile: Tile) -> tuple[Tensor, Tensor | float, Tensor | float, Tensor]:
-        """(9)-(11) and the mix of (12): gate (R, S), the two dropout scales, w (R S, D)."""
-        layer, width = self.layers[index].layer, e.shape[-1]
-        if index == 0 and not self.packed:
-            # e0 is a product, so both logits of the whole tile are two small matrix products.
-            u_rows, u_columns = self.base[tile.rows], self.base[tile.columns]
-            delta = (u_rows * layer.key_query[tile.rows]) @ u_columns.T
-            delta = delta - u_rows @ (u_columns * layer.key_query[tile.columns]).T
-        else:
-            delta = torch.matmul(e, layer.key_query[tile.rows, :, None])[..., 0]
-            delta = delta - torch.matmul(e.transpose(0, 1), layer.key_query[tile.columns, :, None])[..., 0].T
-        delta = delta + (layer.key_bias[tile.rows, None] - layer.key_bias[None, tile.columns])
-        gate = torch.sigmoid(delta / math.sqrt(width))
-        scale_row, scale_column = self.scales(index, tile)
-        w = e + (gate * scale_row)[..., None] * layer.value[tile.rows, None]
-        w += ((1 - gate) * scale_column)[..., None] * layer.value[None, tile.columns]
-        return gate, scale_row, scale_column, w.flatten(0, 1)
+    def dropout_of(self, index: int) -> LayerDropout | None:
+        """The dropout of one layer of the chain."""
+        drop = self.dropout
+        if drop is None or drop.p == 0:
+            return None
+        return LayerDropout(drop.identity, drop.seed, drop.first_layer + index, drop.p)
 
-    def scales(self, index: int, tile: Tile) -> tuple[Tensor | float, Tensor | float]:
-        """Dropout scales of a tile's two weights; (1, 1) without dropout."""
-        if self.dropout is None or self.dropout.p == 0:
-            return 1.0, 1.0
-        identity = self.dropout.identity
-        layer = self.dropout.first_layer + index
-        row, column = dropout_scales(
-            self.dropout.seed, layer, self.dropout.p, identity[tile.rows], identity[tile.columns]
+    def forward_layer(
+        self,
+        index: int,
+        source: Edges,
+        tile: Tile,
+        out: Tensor,
+        *,
+        keep: bool,
+        packed: bool = False,
+        stash: tuple[Tensor, Tensor] | None = None,
+    ) -> LayerState | None:
+        """One edge layer on a tile, to ``out``: (R S, D), or packed. ``stash``: packed h0 and w2 to fill."""
+        prepared, kernels = self.layers[index], self.kernels
+        layer, hidden_width = prepared.layer, 4 * self.width
+        # Without a backward to come, all layers share one set of scratch tensors.
+        name = str(index) if keep else ""
+        x = self.take(f"x {name}", tile)
+        mix = kernels.prologue(layer, source, tile, self.dropout_of(index), x)
+        h0 = self.take(f"h0 {name}", tile, hidden_width)
+        linear(x, prepared.ff1_weight, prepared.ff1_bias, h0)
+        hidden = self.take("hidden", tile, hidden_width) if keep else h0
+        mean, rstd = kernels.hidden(h0, hidden, self.n, tile, stash=stash[0] if stash else None)
+        w2 = product(hidden, prepared.folded.T, self.take_wide(f"w2 {name}", tile))
+        kernels.epilogue(
+            w2, x, mean, rstd, prepared, self.n, tile, out, packed=packed, stash=stash[1] if stash else None
         )
-        return row.to(self.dtype), column.to(self.dtype)
+        if not keep:
+            return None
+        # The next layer takes the same hidden workspace.
+        last = index == len(self.layers) - 1
+        return LayerState(source, mix, x, HiddenState(h0, w2, False), (hidden, mean, rstd) if last else None)
 
-    def forward_layer(self, index: int, e: Tensor, tile: Tile) -> tuple[Tensor, LayerState]:
-        """One edge layer on a tile."""
-        prepared, width = self.layers[index], e.shape[-1]
-        layer = prepared.layer
-        gate, scale_row, scale_column, w = self.attend(index, e, tile)
-        x = aten.native_layer_norm(aten.gelu(w), [width], layer.ln_weight, layer.ln_bias, EPS)[0]
-        h0 = self.workspace.take(f"h0 of layer {index}", x.shape[0], 4 * width)
-        torch.addmm(layer.ff1_bias, x, layer.ff1_weight.T, out=h0)
-        hidden, mean, rstd = _hidden(self.workspace, h0)
-        w2 = torch.mm(hidden, prepared.folded.T).addr_(mean[:, 0], prepared.row_sums, alpha=-1)
-        w2.mul_(rstd).add_(prepared.shift).add_(x)
-        out = aten.native_layer_norm(aten.gelu(w2), [width], layer.ln_weight, layer.ln_bias, EPS)[0]
-        return out.view(*tile.shape, width), LayerState(e, gate, scale_row, scale_column, w, h0, w2)
-
-    def restored_state(self, index: int, e: Tensor, tile: Tile, h0: Tensor, w2: Tensor) -> LayerState:
+    def restored_state(self, index: int, source: Edges, tile: Tile, hidden: HiddenState) -> LayerState:
         """The state of a layer from its input and the two stashed tensors, without a matrix product over pairs."""
-        gate, scale_row, scale_column, w = self.attend(index, e, tile)
-        return LayerState(e, gate, scale_row, scale_column, w, h0, w2)
+        x = self.take(f"x {index}", tile)
+        mix = self.kernels.prologue(self.layers[index].layer, source, tile, self.dropout_of(index), x)
+        return LayerState(source, mix, x, hidden, None)
 
 
-def _prepare(layer: EdgeLayer) -> _Prepared:
-    folded = layer.ff2_weight * layer.ffln_weight
-    return _Prepared(layer, folded, folded.sum(1), torch.addmv(layer.ff2_bias, layer.ff2_weight, layer.ffln_bias))
-
-
-def _hidden(workspace: Workspace, h0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """gelu of the hidden rows (P, 4D), and the mean and reciprocal deviation of each (P, 1).
-
-    A variance from sums of squares is safe here: the mean of a gelu is of the size of its deviation.
-    """
-    hidden = workspace.take("hidden", *h0.shape)
-    aten.gelu.out(h0, out=hidden)
-    mean = hidden.mean(1, keepdim=True)
-    square = torch.linalg.vector_norm(hidden, dim=1, keepdim=True).square_().div_(h0.shape[1])
-    return hidden, mean, torch.rsqrt((square - mean.square()).clamp_(min=0) + EPS)
+def _prepare(layer: EdgeLayer, operand: torch.dtype) -> Prepared:
+    # Rounded to the operand's dtype first: the hidden norm takes away the row sums of what is really multiplied.
+    folded = (layer.ff2_weight * layer.ffln_weight).to(operand)
+    shift = torch.addmv(layer.ff2_bias, layer.ff2_weight, layer.ffln_bias)
+    ff1_weight, ff1_bias = layer.ff1_weight.to(operand), layer.ff1_bias.to(operand)
+    return Prepared(layer, ff1_weight, ff1_bias, folded, folded.sum(1, dtype=shift.dtype), shift)
 
 
 class FieldGradients:
@@ -210,28 +200,31 @@ class FieldGradients:
 
     def __init__(self, field: PairField, *, need_base: bool, need_chain: bool) -> None:
         self.field, self.need_base, self.need_chain = field, need_base, need_chain
-        self.base = torch.zeros_like(field.base) if need_base else None
-        self.sums = [_LayerSums(prepared) for prepared in field.layers]
+        # Every packed gradient is written by one tile; those of the nodes are sums over tiles.
+        dtype = field.operand if field.packed else field.dtype
+        self.base = torch.zeros_like(field.base, dtype=dtype) if need_base else None
+        self.sums = [LayerSums(prepared) for prepared in field.layers]
 
     @property
     def wanted(self) -> bool:
         """Whether any gradient of the field is wanted at all."""
         return self.need_base or (self.need_chain and bool(self.sums))
 
-    def add(self, tile: Tile, grad: Tensor, states: list[LayerState]) -> None:
-        """Backpropagate the gradient (R, S, D) of a tile of edges."""
+    def add(self, tile: Tile, grad: Tensor, states: list[LayerState], *, packed: bool = False) -> None:
+        """Backpropagate the gradient of a tile of edges, (R S, D), or packed; may overwrite a tile."""
         for index in reversed(range(len(states))):
             need_input = index > 0 or self.need_base
-            grad = backward_layer(self.field, index, states[index], tile, grad, self.sums[index], need_input)
+            grad = backward_layer(self.field, index, states[index], tile, grad, self.sums[index], need_input, packed)
+            packed = False
         if self.base is None:
             return
-        if self.field.packed:
-            add_tile(self.base, self.field.n, tile, grad)
-            return
-        nodes = self.field.base
-        self.base[tile.rows] += (grad * nodes[None, tile.columns]).sum(1)
-        # Every evaluation depends on both of its endpoints, mirrored or not.
-        self.base[tile.columns] += (grad * nodes[tile.rows, None]).sum(0)
+        kernels, field = self.field.kernels, self.field
+        if packed:
+            grad = kernels.load(grad, field.n, tile, field.take_wide("grad", tile), symmetric=False)
+        if field.packed:
+            kernels.add_packed(self.base, field.n, tile, grad)
+        else:
+            kernels.add_product(field.base, tile, grad, self.base)
 
     def chain(self) -> list[Tensor]:
         """Gradients of the chain, in its order."""
@@ -239,115 +232,40 @@ class FieldGradients:
         return [grad for sums, prepared in pairs for grad in sums.unfold(prepared)]
 
 
-class _LayerSums:
-    """Sums over pairs from which the gradients of one edge layer follow."""
-
-    def __init__(self, prepared: _Prepared) -> None:
-        layer = prepared.layer
-        self.key_query = torch.zeros_like(layer.key_query)
-        self.key_bias = torch.zeros_like(layer.key_bias)
-        self.value = torch.zeros_like(layer.value)
-        self.ff1_weight = torch.zeros_like(layer.ff1_weight)
-        self.ff1_bias = torch.zeros_like(layer.ff1_bias)
-        self.folded = torch.zeros_like(layer.ff2_weight)
-        self.folded_mean = torch.zeros_like(layer.ff2_bias)
-        self.shift = torch.zeros_like(layer.ff2_bias)
-        self.ln_weight = torch.zeros_like(layer.ln_weight)
-        self.ln_bias = torch.zeros_like(layer.ln_bias)
-
-    def unfold(self, prepared: _Prepared) -> EdgeLayer:
-        """Gradients of the unfolded parameters: ``folded = W2 diag(g)``, ``shift = W2 b + b2``."""
-        layer = prepared.layer
-        folded = self.folded - self.folded_mean[:, None]
-        ff2_weight = torch.addcmul(folded * layer.ffln_weight, self.shift[:, None], layer.ffln_bias)
-        return EdgeLayer(
-            self.key_query,
-            self.key_bias,
-            self.value,
-            self.ff1_weight,
-            self.ff1_bias,
-            (layer.ff2_weight * folded).sum(0),
-            layer.ff2_weight.T @ self.shift,
-            ff2_weight,
-            self.shift,
-            self.ln_weight,
-            self.ln_bias,
-        )
-
-
 def backward_layer(
-    field: PairField, index: int, state: LayerState, tile: Tile, grad: Tensor, sums: _LayerSums, need_input: bool
+    field: PairField,
+    index: int,
+    state: LayerState,
+    tile: Tile,
+    grad: Tensor,
+    sums: LayerSums,
+    need_input: bool,
+    packed: bool,
 ) -> Tensor | None:
-    """Gradient of one edge layer on a tile: adds to ``sums``, returns the gradient of the layer's input (R, S, D)."""
-    prepared, width = field.layers[index], grad.shape[-1]
-    layer = prepared.layer
-    r, s = tile.shape
+    """Gradient of one edge layer on a tile: adds to ``sums``, returns the gradient of the layer's input (R S, D)."""
+    prepared, kernels, n = field.layers[index], field.kernels, field.n
+    hidden_width = 4 * field.width
+    if state.activated is None:
+        hidden = field.take("hidden", tile, hidden_width)
+        mean, rstd = kernels.hidden(state.hidden.h0, hidden, n, tile, packed=state.hidden.packed)
+    else:
+        hidden, mean, rstd = state.activated
 
     # (13): the second A, the two maps and the hidden norm between them.
-    activated = aten.gelu(state.w2)
-    stats = aten.native_layer_norm(activated, [width], None, None, EPS)[1:]
-    grad_w2 = _backward_activation_norm(grad.reshape(r * s, width), state.w2, activated, stats, layer, sums)
-    activated = aten.gelu(state.w)
-    x, *stats = aten.native_layer_norm(activated, [width], layer.ln_weight, layer.ln_bias, EPS)
-    grad_h0 = _backward_hidden(field.workspace, prepared, state, grad_w2, x, sums)
-    sums.ff1_weight.addmm_(grad_h0.T, x)
-    sums.ff1_bias += grad_h0.sum(0)
-    grad_x = torch.addmm(grad_w2, grad_h0, layer.ff1_weight)
-
-    # (12): the first A and the mix of the two values.
-    grad_w = _backward_activation_norm(grad_x, state.w, activated, stats, layer, sums).view(r, s, width)
-    weight_row, weight_column = state.gate * state.scale_row, (1 - state.gate) * state.scale_column
-    value_rows, value_columns = layer.value[tile.rows], layer.value[tile.columns]
-    sums.value[tile.rows] += torch.bmm(weight_row[:, None, :], grad_w)[:, 0]
-    sums.value[tile.columns] += (weight_column[..., None] * grad_w).sum(0)
-    along_row = torch.bmm(grad_w, value_rows[:, :, None])[..., 0]
-    along_column = (grad_w * value_columns[None]).sum(-1)
-
-    # (10): a two-way softmax is a sigmoid of the difference of logits.
-    slope = state.gate * (1 - state.gate) / math.sqrt(width)
-    kappa = slope * (state.scale_row * along_row - state.scale_column * along_column)
-    sums.key_query[tile.rows] += torch.bmm(kappa[:, None, :], state.e)[:, 0]
-    sums.key_query[tile.columns] -= (kappa[..., None] * state.e).sum(0)
-    sums.key_bias[tile.rows] += kappa.sum(1)
-    sums.key_bias[tile.columns] -= kappa.sum(0)
-    if not need_input:
-        return None
-    grad_w += kappa[..., None] * layer.key_query[tile.rows, None]
-    grad_w -= kappa[..., None] * layer.key_query[None, tile.columns]
-    return grad_w
-
-
-def _backward_hidden(
-    workspace: Workspace, prepared: _Prepared, state: LayerState, grad: Tensor, x: Tensor, sums: _LayerSums
-) -> Tensor:
-    """Gradient of h0 (P, 4D) from that of w2 (P, D), through the second map, the hidden norm and the gelu.
-
-    The two row means that the norm's backward needs follow from vectors of width D, before the product.
-    """
-    hidden, mean, rstd = _hidden(workspace, state.h0)
-    scaled = grad * rstd
-    sums.folded.addmm_(scaled.T, hidden)
-    sums.folded_mean.addmv_(scaled.T, mean[:, 0])
-    sums.shift += grad.sum(0)
-    mean_grad = torch.mv(grad, prepared.row_sums)[:, None] / hidden.shape[1]
-    mapped = (state.w2 - x).sub_(prepared.shift)
-    mean_product = mapped.mul_(grad).sum(1, keepdim=True) / hidden.shape[1]
-    slope = rstd.square() * mean_product
-    out = torch.mm(scaled, prepared.folded, out=workspace.take("grad_h0", *hidden.shape))
-    out.addcmul_(hidden, slope, value=-1).add_(slope * mean - rstd * mean_grad)
-    return aten.gelu_backward.grad_input(out, state.h0, grad_input=out)
-
-
-def _backward_activation_norm(
-    grad: Tensor, x: Tensor, activated: Tensor, stats: Sequence[Tensor], layer: EdgeLayer, sums: _LayerSums
-) -> Tensor:
-    """Gradient of A(x) = LN(gelu(x)) from gelu(x) and the mean and rstd of its rows."""
-    grad_activated, grad_weight, grad_bias = aten.native_layer_norm_backward(
-        grad, activated, [x.shape[-1]], *stats, layer.ln_weight, layer.ln_bias, [True, True, True]
+    grad_w2, scaled = field.take_wide("grad w2", tile), field.take("scaled", tile)
+    means = kernels.epilogue_backward(
+        grad, state.hidden, state.x, mean, rstd, prepared, n, tile, sums, grad_w2, scaled, packed=packed
     )
-    sums.ln_weight += grad_weight
-    sums.ln_bias += grad_bias
-    return aten.gelu_backward(grad_activated, x)
+    accumulate(sums.folded, scaled.T, hidden)
+    grad_h0 = product(scaled, prepared.folded, field.take("grad h0", tile, hidden_width))
+    kernels.hidden_backward(grad_h0, hidden, state.hidden, mean, rstd, means, n, tile, sums)
+    accumulate(sums.ff1_weight, grad_h0.T, state.x)
+    accumulate(grad_w2, grad_h0, prepared.ff1_weight)
+
+    # (9)-(12): the first A, the mix of the two values, and attention.
+    return kernels.prologue_backward(
+        grad_w2, state.source, state.mix, prepared.layer, tile, sums, need_input=need_input
+    )
 
 
 def with_smaller_tiles(run: Callable[[int], T], pairs_per_tile: int) -> T:

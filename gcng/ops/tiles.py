@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gcng.ops.registration import compute_dtype
+
 
 class Tile(NamedTuple):
     """A rectangle of pairs; see the module docstring."""
@@ -146,7 +148,7 @@ def _fold(square: Tensor) -> Tensor:
 
 def pair_weights(n: int, like: Tensor) -> Tensor:
     """How often each packed pair occurs among the ordered pairs, (P, 1): 1 on the diagonal, else 2."""
-    weights = like.new_full((pair_count(n), 1), 2.0)
+    weights = like.new_full((pair_count(n), 1), 2.0, dtype=compute_dtype(like.dtype))
     row = torch.arange(n, device=like.device)
     weights[row * n - row * (row - 1) // 2] = 1.0
     return weights

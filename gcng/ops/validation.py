@@ -72,3 +72,12 @@ def check_same_device(op: str, **tensors: Tensor | None) -> None:
             raise ValueError(
                 f"{op}: {first_name} is on {first.device} but {name} is on {x.device}; move one of them with .to(...)"
             )
+
+
+def check_mix(op: str, mix: Tensor, most: int) -> None:
+    """Refuse mixing numbers of (18) that do not fit the largest class of the batch."""
+    if mix.dim() != 2 or mix.shape[0] < most or mix.shape[1] < most - 1:
+        raise ValueError(
+            f"{op}: mix has shape {tuple(mix.shape)}; expected (K, K - 1) = ({most}, {most - 1}) for K = {most}, the "
+            f"largest number of samples of a class in this batch; draw it with torch.rand({most}, {most - 1})"
+        )
