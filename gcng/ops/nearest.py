@@ -14,12 +14,18 @@ import math
 import torch
 from torch import Tensor
 
+from gcng.ops import native
 from gcng.ops.blocks import spans
 from gcng.ops.registration import compute_dtype
 
 # Queries and references of a tile: 4 MiB of float64 similarities, and enough rows for the GEMM to be busy.
 TILE_QUERIES = 256
 TILE_REFERENCES = 2048
+
+native.define(
+    "topk_merge(Tensor scores, int first_column, Tensor? self_index, Tensor? labels, Tensor? column_labels, "
+    "Tensor(a!) values, Tensor(b!) indices) -> ()"
+)
 
 
 def unit_rows(x: Tensor, *, centered: bool) -> Tensor:
@@ -80,6 +86,30 @@ def _best_of_tile(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, columns
 
 
+def _merge_tile(
+    scores: Tensor,
+    first_column: int,
+    self_index: Tensor | None,
+    labels: Tensor | None,
+    column_labels: Tensor | None,
+    values: Tensor,
+    indices: Tensor,
+) -> None:
+    """Merge scores (Q, R) of columns from ``first_column`` on into the best so far, (Q, k) each, in place."""
+    if self_index is not None:
+        position = torch.arange(first_column, first_column + scores.shape[1], device=scores.device)
+        scores.masked_fill_(self_index[:, None] == position, -math.inf)
+    if labels is not None:
+        scores.masked_fill_(labels[:, None] == column_labels, -math.inf)
+    k = values.shape[1]
+    best, column = _best_of_tile(scores, min(k, scores.shape[1]))
+    # Places that nothing has taken yet have index -1 and would win a tie against a score of -inf; both end as -1.
+    best, column = torch.cat([values, best], 1), torch.cat([indices, column + first_column], 1)
+    best, column = _rank(best, column, k)
+    values.copy_(best)
+    indices.copy_(column.masked_fill_(best == -math.inf, -1))
+
+
 def nearest_rows(
     query: Tensor,
     reference: Tensor,
@@ -105,23 +135,23 @@ def nearest_rows(
     Memory: the results and one tile.
     """
     dtype = compute_dtype(query.dtype)
-    num_queries, num_references = query.shape[0], reference.shape[0]
-    all_values = query.new_full((num_queries, k), -math.inf, dtype=dtype)
-    all_indices = torch.full((num_queries, k), -1, dtype=torch.int64, device=query.device)
-    for rows in spans(num_queries, TILE_QUERIES):
+    all_values = query.new_full((query.shape[0], k), -math.inf, dtype=dtype)
+    all_indices = torch.full((query.shape[0], k), -1, dtype=torch.int64, device=query.device)
+    kernels = native.cpu() if query.device.type == "cpu" else None
+    merge = kernels.topk_merge if kernels is not None else _merge_tile
+    if labels is not None:
+        labels, reference_labels = labels.contiguous(), reference_labels.contiguous()
+    for rows in spans(query.shape[0], TILE_QUERIES):
         units = _fixed_point(unit_rows(query[rows], centered=centered), query.dtype)
-        values, indices = all_values[rows, :0], all_indices[rows, :0]
-        for columns in spans(num_references, TILE_REFERENCES):
+        for columns in spans(reference.shape[0], TILE_REFERENCES):
             others = _fixed_point(unit_rows(reference[columns], centered=centered), query.dtype)
-            similarity = _similarity(units, others, dtype)
-            if self_index is not None:
-                position = torch.arange(columns.start, columns.stop, device=query.device)
-                similarity.masked_fill_(self_index[rows, None] == position, -math.inf)
-            if labels is not None:
-                similarity.masked_fill_(labels[rows, None] == reference_labels[columns], -math.inf)
-            best, column = _best_of_tile(similarity, min(k, similarity.shape[1]))
-            values, indices = torch.cat([values, best], 1), torch.cat([indices, column + columns.start], 1)
-            values, indices = _rank(values, indices, k)
-        all_values[rows, : values.shape[1]] = values
-        all_indices[rows, : values.shape[1]] = indices
-    return all_values, all_indices.masked_fill_(all_values == -math.inf, -1)
+            merge(
+                _similarity(units, others, dtype),
+                columns.start,
+                None if self_index is None else self_index[rows],
+                None if labels is None else labels[rows],
+                None if labels is None else reference_labels[columns],
+                all_values[rows],
+                all_indices[rows],
+            )
+    return all_values, all_indices
