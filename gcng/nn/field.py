@@ -111,7 +111,7 @@ class EdgeField:
         """(14) for pairs of class-major slots, (len(i), D); differentiable, O(len(i) D) beside the statistics."""
         mean, var = edge_moments(*self._field, self.plan.pairs_per_tile)
         e = self.edges(i, j)
-        normalized = (e - mean) * torch.rsqrt(var + EPS) * head.norm_weight
+        normalized = ((e - mean) * torch.rsqrt(var + EPS)).to(head.norm_weight.dtype) * head.norm_weight
         return torch.sigmoid(F.linear(normalized, head.weight, head.bias))
 
     def edges(self, i: Tensor, j: Tensor) -> Tensor:

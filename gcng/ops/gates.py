@@ -34,10 +34,10 @@ def edge_weights(tile: Tile, like: Tensor) -> Tensor:
 
 
 def moments(field: PairField, pairs: int) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance (D,) of the edges over all N² ordered pairs, in the field's dtype.
+    """Mean and biased variance (D,) of the edges over all N² ordered pairs, in float64.
 
-    Sums are taken around the mean of the first tile, so that a common offset does not cancel, and are accumulated in
-    float64.
+    Sums are taken around the mean of the first tile, so that a common offset does not cancel. The mean stays in
+    float64: its rounding is the same for every pair, and N² equal errors do not average out (docs/derivations.md).
     """
     width = field.base.shape[-1]
     shift: Tensor | None = None
@@ -47,10 +47,9 @@ def moments(field: PairField, pairs: int) -> tuple[Tensor, Tensor]:
             shift = values.mean(0, dtype=field.dtype)
         field.kernels.moments(values, weights, shift, total, squares)
     if shift is None:
-        return total.to(field.dtype), squares.to(field.dtype)
+        return total, squares
     mean = total / field.n**2
-    var = (squares / field.n**2 - mean.square()).clamp(min=0)
-    return (mean + shift).to(field.dtype), var.to(field.dtype)
+    return mean + shift.double(), (squares / field.n**2 - mean.square()).clamp(min=0)
 
 
 def _weighted_edges(field: PairField, pairs: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -68,20 +67,23 @@ class GateHead:
     """Gates as a function of a tile of edges, with the batch norm folded into the map.
 
     Args:
-        norm_weight: (D,) gain. weight: (D, D). bias: (D,). mean, var: (D,) of :func:`moments`.
-        operand: dtype of the operands of products over pairs.
+        norm_weight: (D,) gain. weight: (D, D). bias: (D,). mean, var: (D,) of :func:`moments`, float64.
+        field: gives the dtypes of statistics and of the operands of products over pairs.
     """
 
     def __init__(
-        self, norm_weight: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, operand: torch.dtype
+        self, norm_weight: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, field: PairField
     ) -> None:
-        dtype = mean.dtype
-        self.gain, self.weight, self.mean = norm_weight.to(dtype), weight.to(dtype), mean
-        self.rstd = torch.rsqrt(var + EPS)
+        dtype = field.dtype
+        self.gain, self.weight = norm_weight.to(dtype), weight.to(dtype)
+        # The mean in two parts, what a tile can subtract and the rest of it.
+        self.mean = mean.to(dtype)
+        self.rest = (mean - self.mean.double()).to(dtype)
+        self.rstd = torch.rsqrt(var + EPS).to(dtype)
         # Rounded to the operand's dtype first: the mean is taken away of what is really multiplied.
-        self.folded = (self.weight * (self.gain * self.rstd)).to(operand)
-        self.shift = bias.to(dtype) - self.folded.to(dtype) @ mean
-        self._operands = self.folded, self.shift.to(operand)
+        self.folded = (self.weight * (self.gain * self.rstd)).to(field.operand)
+        self.shift = (bias.double() - self.folded.double() @ mean).to(dtype)
+        self._operands = self.folded, self.shift.to(field.operand)
         # The gate of an average edge: sums of gates are taken around it.
         self.center = torch.sigmoid(bias.to(dtype))
 
@@ -113,11 +115,12 @@ class GateGradients:
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the norm's gain, the map and its bias."""
         head = self.head
+        self.map.addr_(self.bias, head.rest, alpha=-1)
         normalized = self.map * head.rstd
         grad_gain = (head.weight * normalized).sum(0)
         scale = head.gain * head.rstd
-        self.constant = scale * (head.weight.T @ self.bias) / self.n**2
         self.linear = scale * head.rstd * grad_gain / self.n**2
+        self.constant = scale * (head.weight.T @ self.bias) / self.n**2 - self.linear * head.rest
         return grad_gain, normalized * head.gain, self.bias
 
     def edge_gradient(self, grad_logits: Tensor, e: Tensor, weights: Tensor) -> Tensor:
@@ -143,8 +146,8 @@ def _edge_moments(
 
 
 def _edge_moments_fake(base, packed, chain, identity, seed, p, first_layer, pairs_per_tile):
-    size, dtype = (base.shape[-1],), compute_dtype(base.dtype)
-    return base.new_empty(size, dtype=dtype), base.new_empty(size, dtype=dtype)
+    mean, var = (base.new_empty((base.shape[-1],), dtype=torch.float64) for _ in range(2))
+    return mean, var
 
 
 def _edge_moments_backward(
@@ -167,9 +170,15 @@ def _edge_moments_backward(
 
     def run(pairs: int) -> list[Tensor]:
         grads = FieldGradients(field, need_base=need_base, need_chain=need_chain)
+        rounded = mean.to(field.dtype)
+        linear = -2 * grad_var / n**2
+        constant = -grad_mean / n**2 - linear * (mean - rounded.double())
         for tile in plan_tiles(n, pairs):
             e, states = field.edges_with_states(tile)
-            grad = (grad_mean + 2 * grad_var * (e.to(field.dtype) - mean)) * (edge_weights(tile, e) / n**2)
+            grad = field.take_wide("grad", tile).zero_()
+            field.kernels.norm_gradient(
+                grad, e, edge_weights(tile, e), rounded, constant.to(field.dtype), linear.to(field.dtype)
+            )
             grads.add(tile, grad, states)
         out = [grads.base.to(base.dtype)] if need_base else []
         return out + ([g.to(x.dtype) for g, x in zip(grads.chain(), chain, strict=True)] if need_chain else [])

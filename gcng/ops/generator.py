@@ -131,8 +131,9 @@ def _generator_synthesis_fake(
 ):  # fmt: skip
     n, width = z.shape
     num_classes = torch.library.get_ctx().new_dynamic_size(min=0)
-    sizes = ((), (), (), (width,), (width,), None, (n, width), None, None)
+    sizes = ((), (), (), None, None, None, (n, width), None, None)
     out = [None if size is None else z.new_empty(size, dtype=compute_dtype(base.dtype)) for size in sizes]
+    out[3], out[4] = (z.new_empty((width,), dtype=torch.float64) for _ in range(2))
     out[5], out[7] = z.new_empty((n, num_classes), dtype=torch.float64), z.new_empty((), dtype=torch.float64)
     out[8] = z.new_empty((n * (n + 1) // 2 if stash else 0, width), dtype=operand_dtype(base))
     return tuple(out)
@@ -231,7 +232,7 @@ def _generator_synthesis_backward(
 ) -> list[Tensor]:
     field = PairField(base, packed, z.shape[0], chain, Dropout(identity, seed, p, first_layer))
     synthesis = make_synthesis("generator_synthesis", z, kappa, mix, class_start, field.dtype)
-    gates = Gates(field, GateHead(norm_weight, gate_weight, gate_bias, mean, var, field.operand), kept)
+    gates = Gates(field, GateHead(norm_weight, gate_weight, gate_bias, mean, var, field), kept)
     classes = Classes(class_labels, dropped_class, classifier_weight, classifier_bias)
 
     def run(pairs: int) -> list[Tensor]:

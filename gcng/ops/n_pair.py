@@ -65,7 +65,7 @@ def prepare_gates(
 ) -> tuple[Gates, Tensor, Tensor]:
     """First pass of both phases: statistics of the field, and room for its gates."""
     mean, var = moments(field, pairs)
-    head = GateHead(norm_weight, gate_weight, gate_bias, mean, var, field.operand)
+    head = GateHead(norm_weight, gate_weight, gate_bias, mean, var, field)
     kept = field.base.new_empty((pair_count(field.n) if stash else 0, field.base.shape[-1]))
     return Gates(field, head, kept), mean, var
 
@@ -133,8 +133,9 @@ def _n_pair_synthesis(
         if not synthesis.has_negatives:
             width = z.shape[-1]
             nothing = field.base.new_zeros((pair_count(field.n) if stash else 0, width))
-            zeros = [field.base.new_zeros(size, dtype=field.dtype) for size in ((), width, width, z.shape[0])]
-            return *zeros, nothing
+            loss, lse = (field.base.new_zeros(size, dtype=field.dtype) for size in ((), z.shape[0]))
+            mean, var = (torch.zeros(width, dtype=torch.float64, device=z.device) for _ in range(2))
+            return loss, mean, var, lse, nothing
         gates, mean, var = prepare_gates(field, norm_weight, gate_weight, gate_bias, pairs, stash)
         softmax = _RunningSoftmax(synthesis)
         for_each_side(gates, synthesis, pairs, softmax.visit, fill=True)
@@ -157,8 +158,9 @@ def _n_pair_synthesis_fake(
     gate_bias, l2_reg, pairs_per_tile, stash,
 ):  # fmt: skip
     n, width = z.shape
-    out = [z.new_empty(size, dtype=compute_dtype(base.dtype)) for size in ((), (width,), (width,), (n,))]
-    return *out, z.new_empty((n * (n + 1) // 2 if stash else 0, width), dtype=operand_dtype(base))
+    loss, lse = (z.new_empty(size, dtype=compute_dtype(base.dtype)) for size in ((), (n,)))
+    mean, var = (z.new_empty((width,), dtype=torch.float64) for _ in range(2))
+    return loss, mean, var, lse, z.new_empty((n * (n + 1) // 2 if stash else 0, width), dtype=operand_dtype(base))
 
 
 def _n_pair_synthesis_backward(
@@ -188,7 +190,7 @@ def _n_pair_synthesis_backward(
     synthesis = make_synthesis("n_pair_synthesis", z, kappa, mix, class_start, field.dtype)
     if not synthesis.has_negatives:
         return torch.zeros_like(z, memory_format=torch.contiguous_format)
-    gates = Gates(field, GateHead(norm_weight, gate_weight, gate_bias, mean, var, field.operand), kept)
+    gates = Gates(field, GateHead(norm_weight, gate_weight, gate_bias, mean, var, field), kept)
     upstream = grad.to(field.dtype)
     count, pair_total = synthesis.num_anchors, synthesis.num_anchors * synthesis.num_classes
     decay = 0.5 * l2_reg * upstream
