@@ -21,7 +21,7 @@ from gcng.ops.pair_field import (
     PairField,
     with_smaller_tiles,
 )
-from gcng.ops.registration import any_needed, define_autocast, define_gradient, define_op
+from gcng.ops.registration import any_needed, define_field_autocast, define_gradient, define_op
 from gcng.ops.tiles import pair_count, plan_tiles
 
 
@@ -138,4 +138,4 @@ def _gradient(ctx, grad: Tensor | None, _grad_hidden: Tensor, _grad_before: Tens
 
 
 define_gradient("edges", _gradient, _setup_context)
-define_autocast("edges")
+define_field_autocast(edges)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gcng.ops.pair_field import FIELD, Dropout, FieldGradients, PairField, with_smaller_tiles
 from gcng.ops.products import accumulate, linear, product
-from gcng.ops.registration import any_needed, compute_dtype, define_autocast, define_gradient, define_op
+from gcng.ops.registration import any_needed, compute_dtype, define_field_autocast, define_gradient, define_op
 from gcng.ops.tiles import Tile, pair_count, pair_weights, plan_tiles
 
 EPS = 1e-5
@@ -222,4 +222,4 @@ def _gradient(ctx, grad_mean: Tensor, grad_var: Tensor):
 
 
 define_gradient("edge_moments", _gradient, _setup_context)
-define_autocast("edge_moments")
+define_field_autocast(edge_moments)

@@ -19,7 +19,7 @@ from gcng.ops.gates import GateGradients, GateHead, edge_weights, packed_chunks
 from gcng.ops.n_pair import BATCH, HEAD, Gates, make_synthesis, prepare_gates
 from gcng.ops.pair_field import FIELD, Dropout, FieldGradients, PairField, with_smaller_tiles
 from gcng.ops.pair_kernels import GateSpread
-from gcng.ops.registration import any_needed, compute_dtype, define_autocast, define_gradient, define_op
+from gcng.ops.registration import any_needed, compute_dtype, define_field_autocast, define_gradient, define_op
 from gcng.ops.synthesis_tiles import Side, Synthesis, Synthetic, SyntheticGradients
 from gcng.ops.tiles import Tile, pair_weights, plan_tiles
 
@@ -381,4 +381,4 @@ def _gradient(ctx, *upstream):
 
 
 define_gradient("generator_synthesis", _gradient, _setup_context)
-define_autocast("generator_synthesis")
+define_field_autocast(generator_synthesis)

@@ -14,7 +14,7 @@ from torch import Tensor
 from gcng.ops.dispatch import operand_dtype
 from gcng.ops.pair_field import FIELD, Dropout, FieldGradients, PairField, with_smaller_tiles
 from gcng.ops.products import accumulate, linear, product
-from gcng.ops.registration import any_needed, define_autocast, define_gradient, define_op
+from gcng.ops.registration import any_needed, define_field_autocast, define_gradient, define_op
 from gcng.ops.tiles import pair_count, plan_tiles
 
 _SCHEMA = f"({FIELD}, Tensor weight, Tensor bias, int pairs_per_tile, bool stash) -> (Tensor, Tensor)"
@@ -139,4 +139,4 @@ def _gradient(ctx, grad: Tensor | None, _grad_kept: Tensor):
 
 
 define_gradient("messages", _gradient, _setup_context)
-define_autocast("messages")
+define_field_autocast(messages)

@@ -19,7 +19,7 @@ from gcng.ops.gates import GateHead, moments
 from gcng.ops.layout import class_boundaries
 from gcng.ops.pair_field import FIELD, Dropout, PairField, with_smaller_tiles
 from gcng.ops.pair_kernels import GateSpread
-from gcng.ops.registration import compute_dtype, define_autocast, define_gradient, define_op
+from gcng.ops.registration import compute_dtype, define_field_autocast, define_gradient, define_op
 from gcng.ops.synthesis_tiles import EmbeddingGradients, Side, Synthesis, SyntheticGradients
 from gcng.ops.tiles import Tile, pair_count, plan_tiles
 from gcng.ops.validation import check_mix
@@ -269,4 +269,4 @@ def _gradient(ctx, grad: Tensor, *_unused):
 
 
 define_gradient("n_pair_synthesis", _gradient, _setup_context)
-define_autocast("n_pair_synthesis")
+define_field_autocast(n_pair_synthesis)

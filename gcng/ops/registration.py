@@ -55,9 +55,7 @@ def define_gradient(name: str, backward: Callable[..., Any], setup_context: Call
             )
         return backward(ctx, *grads)
 
-    torch.library.register_autograd(
-        f"gcng::{name}", first_order_only, setup_context=setup_context, lib=LIBRARY
-    )
+    torch.library.register_autograd(f"gcng::{name}", first_order_only, setup_context=setup_context, lib=LIBRARY)
 
 
 def any_needed(needs: Any) -> bool:
@@ -69,6 +67,39 @@ def define_autocast(name: str, dtype: torch.dtype = torch.float32, devices: tupl
     """Under autocast, cast the floating inputs of an op to ``dtype``, so that mixed node dtypes meet in one."""
     for device in devices:
         torch.library.register_autocast(f"gcng::{name}", device, dtype, lib=LIBRARY)
+
+
+def define_field_autocast(op: Any, base: str = "base") -> None:
+    """Under autocast, an op over an edge field: its ``base`` carries the dtype of the operands, the rest is float32.
+
+    Operands of products over pairs are 16 bit on a GPU, where that is what autocast is for; on the CPU they are
+    float32. Statistics, node tensors and weights arrive in float32 on both.
+    """
+    position = [argument.name for argument in op._schema.arguments].index(base)
+    name = op._schema.name.split("::")[1]
+    for device in ("cpu", "cuda"):
+        key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}")
+
+        def cast(*arguments: Any, key: Any = key, device: str = device) -> Any:
+            narrow = torch.get_autocast_dtype(device) if device == "cuda" else torch.float32
+            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+                wide = [cast_floating(x, device, torch.float32) for x in arguments]
+                wide[position] = cast_floating(arguments[position], device, narrow)
+                return op(*wide)
+
+        op.py_impl(key)(cast)
+        LIBRARY.impl(
+            name, lambda _keys, *arguments, cast=cast: cast(*arguments), f"Autocast{device.upper()}", with_keyset=True
+        )
+
+
+def cast_floating(value: Any, device: str, dtype: torch.dtype) -> Any:
+    """A floating tensor of a device, or a list with such tensors, in ``dtype``; float64 and the rest as they are."""
+    if isinstance(value, (list, tuple)):
+        return [cast_floating(x, device, dtype) for x in value]
+    if not isinstance(value, torch.Tensor) or value.device.type != device:
+        return value
+    return value.to(dtype) if value.is_floating_point() and value.dtype != torch.float64 else value
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
