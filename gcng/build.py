@@ -1,139 +1,49 @@
-"""Builds the compiled kernels of csrc/ and says what a built library is. Imports neither torch nor setuptools.
+"""Builds the compiled kernels of csrc/. Imports neither torch nor setuptools, downloads nothing, runs when asked only.
 
-Owns compiler flags, the object cache, the lock and the hash of the sources. ``setup.py`` and ``gcng build`` call
-:func:`build_cpu` and :func:`build_cuda`; :mod:`gcng.ops.native` asks :func:`read_build_info` before it loads a file.
-Nothing is ever downloaded, and nothing here runs at import.
+Owns compilers and their flags, the object cache, the lock, and what a package build does. ``setup.py``, ``gcng build``
+and ``python -m gcng.build`` come here.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import importlib.util
 import json
 import os
-import platform
 import re
 import shlex
 import shutil
-import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-PACKAGE = Path(__file__).resolve().parent
-# Oldest torch whose stable ABI the registration files use.
-TORCH_TARGET = (2, 11)
-LOCK_TIMEOUT = 600.0
-_MARKER = b"gcng-build:"
+from gcng import libraries
+from gcng.libraries import CUDA_LIBRARY, LibraryError
 
-# Instruction set -> flags. Every library holds all kernels once; the loader picks the best that the machine can run.
-X86_FLAGS = {
-    "avx512": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
-    "avx2": ("-march=x86-64-v3",),
-    "baseline": (),
-}
+# Oldest torch whose stable ABI csrc/register_*.cpp use; a library runs on this one and all later ones.
+TORCH_TARGET = (2, 11)
 # Contraction to FMA is allowed, reordering is not: -ffast-math would change what NaN and infinities do.
-COMMON_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast", "-Wall")
+CPU_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast", "-Wall")
+CUDA_FLAGS = ("-std=c++20", "-O3", "-Xcompiler=-fPIC,-Wall")
+# Machine code for A100, H100 and H200, B200; what lies between them is compiled from the PTX of the first when it runs.
+CUDA_ARCHITECTURES = "8.0+PTX 9.0a 10.0a"
+LOCK_TIMEOUT = 600.0
 
 
 class BuildError(RuntimeError):
-    """The extension cannot be built here; the message says why, in one line where that is possible."""
+    """The extension cannot be built here; the message says why."""
 
 
-def source_folder() -> Path | None:
-    """csrc/ of the checkout, or the copy that an installation carries; None where there is neither."""
-    for folder in (PACKAGE.parent / "csrc", PACKAGE / "csrc"):
-        if (folder / "cpu").is_dir():
-            return folder
-    return None
-
-
-def instruction_sets() -> dict[str, tuple[str, ...]]:
-    """Name -> compiler flags of the libraries that are built for this machine's architecture, best first."""
-    return X86_FLAGS if platform.machine().lower() in ("x86_64", "amd64") else {"baseline": ()}
-
-
-def library_name(kind: str) -> str:
-    """File name of a library: ``kind`` is an instruction set, or ``cuda``."""
-    return f"gcng_{kind}.so" if kind == "cuda" else f"gcng_cpu_{kind}.so"
-
-
-def library_folders() -> list[Path]:
-    """Where libraries are looked for: inside the package, then the user's cache."""
-    return [PACKAGE / "_native", user_folder()]
-
-
-def user_folder() -> Path:
-    """Per-user place for what ``gcng build`` makes where the package cannot be written; one for each installation."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "gcng" / hashlib.sha256(str(PACKAGE).encode()).hexdigest()[:12]
-
-
-def sources(kind: str, folder: Path) -> list[Path]:
-    """Source files of a library, by file name alone: ``kind`` is ``kernels``, ``registration`` or ``cuda``."""
-    pattern = {"kernels": "cpu/*.cpp", "registration": "register_*.cpp", "cuda": "cuda/*.cu"}[kind]
-    return sorted(folder.glob(pattern))
-
-
-def source_hash(folder: Path, *, cuda: bool = False) -> str:
-    """Hash of every file that decides what the CPU (or CUDA) library does."""
-    patterns = ("*.h", "cuda/*") if cuda else ("*.h", "*.cpp", "cpu/*")
-    digest = hashlib.sha256()
-    for path in sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}):
-        content = path.read_bytes()
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{len(content)}\0".encode() + content)
-    return digest.hexdigest()[:16]
-
-
-# ------------------------------------------------------------------------------------------- what a library says
-
-
-def read_build_info(path: Path) -> dict[str, str]:
-    """What a library was built from, read from its bytes without loading it.
-
-    Raises:
-        BuildError: not a whole ELF file (mapping a cut one can kill the process), or not one of ours.
-    """
-    content = path.read_bytes()
-    if content[:4] != b"\x7fELF" or len(content) < 64:
-        raise BuildError(f"{path} is not a shared library")
-    # The table of sections stands at the very end, so a file that was cut anywhere lacks some of it.
-    (table,) = struct.unpack_from("<Q", content, 40)
-    size, count = struct.unpack_from("<HH", content, 58)
-    if content[4:6] != b"\x02\x01" or table + size * count > len(content):
-        raise BuildError(f"{path} is cut short or damaged")
-    start = content.find(_MARKER)
-    end = content.find(b"\0", start)
-    if start < 0 or end < 0:
-        raise BuildError(f"{path} does not say what it was built from")
-    try:
-        return json.loads(content[start + len(_MARKER) : end])
-    except ValueError as error:
-        raise BuildError(f"{path} does not say what it was built from") from error
-
-
-def _write_build_info(path: Path, info: dict[str, str]) -> None:
-    text = json.dumps((_MARKER + json.dumps(info).encode()).decode())
-    symbol = '__attribute__((used, visibility("default")))'
-    code = f'extern "C" {{ extern const char gcng_build_info[];\n{symbol} const char gcng_build_info[] = {text}; }}\n'
-    if not path.is_file() or path.read_text(encoding="utf-8") != code:
-        path.write_text(code, encoding="utf-8")
-
-
-# ------------------------------------------------------------------------------------------------ compiling
+# ------------------------------------------------------------------------------------------------- what is there
 
 
 def torch_folder() -> Path:
-    """Folder of the installed torch, found without importing it.
-
-    Raises:
-        BuildError: no torch, or one that is older than the stable ABI used here.
-    """
+    """Folder of the installed torch, found without importing it; BuildError without one that is new enough."""
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
         raise BuildError("torch is not installed in the environment that builds")
@@ -144,8 +54,14 @@ def torch_folder() -> Path:
     return folder
 
 
+def torch_has_cuda() -> bool:
+    """Whether the installed torch was built with CUDA."""
+    text = (torch_folder() / "version.py").read_text(encoding="utf-8")
+    return re.search(r"^cuda\b[^=]*= '", text, re.MULTILINE) is not None
+
+
 def compiler() -> list[str]:
-    """Command of the C++ compiler: CXX, or the first of c++, g++, clang++ that is there."""
+    """Command of the C++ compiler: CXX, or the first of c++, g++, clang++; BuildError without one."""
     named = shlex.split(os.environ.get("CXX", ""))
     for words in [named] if named else [["c++"], ["g++"], ["clang++"]]:
         if shutil.which(words[0]):
@@ -153,64 +69,111 @@ def compiler() -> list[str]:
     raise BuildError(f"no C++ compiler: {' '.join(named) or 'c++, g++ or clang++'} not found")
 
 
+def cuda_compiler() -> str:
+    """nvcc of CUDA_HOME, on the path, or where the toolkit installs it; BuildError without one."""
+    home = os.environ.get("CUDA_HOME")
+    for name in [f"{home}/bin/nvcc"] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]:
+        if found := shutil.which(name):
+            return found
+    raise BuildError("no nvcc: install the CUDA toolkit, or set CUDA_HOME")
+
+
+def cuda_architectures(text: str | None = None) -> list[str]:
+    """nvcc options for a list in the spelling of TORCH_CUDA_ARCH_LIST, such as ``8.0 9.0a 10.0+PTX``."""
+    text = text or os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
+    options = []
+    for name in re.split(r"[;,\s]+", text.strip()):
+        match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", name)
+        if not match:
+            raise BuildError(f"TORCH_CUDA_ARCH_LIST: {name!r} is not an architecture such as 9.0 or 9.0a or 8.0+PTX")
+        number = match[1] + match[2]
+        code = f"[sm_{number},compute_{number}]" if match[3] else f"sm_{number}"
+        options.append(f"-gencode=arch=compute_{number},code={code}")
+    return options
+
+
 def num_jobs() -> int:
     """Compilers at once: MAX_JOBS, or the cores of this process."""
-    return max(1, int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0))))
+    text = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
+    if not text.isdecimal() or text == "0":
+        raise BuildError(f"MAX_JOBS is {text!r}; it must be a positive number")
+    return int(text)
 
 
-def _run(command: Sequence[str]) -> str:
+def cpu_sources(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Kernels (compiled for every instruction set) and registrations (compiled once), by file name alone."""
+    return sorted(folder.glob("cpu/*.cpp")), sorted(folder.glob("register_*.cpp"))
+
+
+def cuda_sources(folder: Path) -> list[Path]:
+    """Sources of the CUDA library."""
+    return sorted(folder.glob("cuda/*.cu"))
+
+
+# --------------------------------------------------------------------------------------------- compile and link
+
+
+def _run(command: Sequence[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise BuildError(f"{' '.join(command)}\n{done.stdout}{done.stderr}".strip())
-    return done.stdout + done.stderr
+        raise BuildError(f"{shlex.join(command)}\n{done.stdout}{done.stderr}".strip())
 
 
 def _up_to_date(target: Path, command: str) -> bool:
-    """Whether an object was made by this command and is newer than all that it was made from."""
-    record, depends = target.with_suffix(".cmd"), target.with_suffix(".d")
+    """Whether an object was made by this command after every file that it was made from was written."""
     try:
-        if record.read_text(encoding="utf-8") != command:
+        if target.with_suffix(".cmd").read_text(encoding="utf-8") != command:
             return False
-        made = target.stat().st_mtime_ns
-        names = depends.read_text(encoding="utf-8").replace("\\\n", " ").split(":", 1)[1].split()
-        return all(os.stat(name).st_mtime_ns < made for name in names)
+        started = target.stat().st_mtime_ns
+        names = target.with_suffix(".d").read_text(encoding="utf-8").replace("\\\n", " ").split(": ", 1)[1].split()
+        return all(os.stat(name).st_mtime_ns < started for name in names)
     except (OSError, IndexError):
         return False
 
 
 def _compile(command: list[str], source: Path, target: Path) -> Path:
-    """One object, from the cache where nothing changed; it takes its name only when it is whole."""
+    """One object, from the cache where nothing changed. It takes its name when it is whole, dated by its start."""
     line = shlex.join([*command, str(source)])
     if _up_to_date(target, line):
         return target
+    started = time.time_ns()
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
     target.with_suffix(".cmd").unlink(missing_ok=True)
     _run([*command, "-MMD", "-MF", str(target.with_suffix(".d")), "-c", str(source), "-o", str(part)])
+    os.utime(part, ns=(started, started))
     os.replace(part, target)
     target.with_suffix(".cmd").write_text(line, encoding="utf-8")
     return target
 
 
 def _link(command: list[str], target: Path) -> Path:
-    """A library takes its name in one step: a killed build leaves the old one or none."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    """A library takes its name in one step: a build that is killed leaves the old one, or none."""
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         _run([*command, "-o", str(part)])
-        read_build_info(part)
+        libraries.read_build_info(part)
         os.replace(part, target)
     finally:
         part.unlink(missing_ok=True)
     return target
 
 
+def _write_build_info(path: Path, info: Mapping[str, str]) -> Path:
+    text = json.dumps((libraries.MARKER + json.dumps(info).encode()).decode())
+    code = (
+        'extern "C" {\n'
+        '__attribute__((used, visibility("default"))) extern const char gcng_build_info[];\n'
+        f"const char gcng_build_info[] = {text};\n"
+        "}\n"
+    )
+    if not path.is_file() or path.read_text(encoding="utf-8") != code:
+        path.write_text(code, encoding="utf-8")
+    return path
+
+
 @contextlib.contextmanager
-def _object_folder(folder: Path | None, timeout: float) -> Iterator[Path]:
-    """The folder of objects, for one process at a time; the lock dies with its holder, so none can be stale."""
-    checkout = PACKAGE.parent
-    if folder is None:
-        in_checkout = (checkout / "csrc").is_dir() and os.access(checkout, os.W_OK)
-        folder = checkout / "build" / "native" if in_checkout else user_folder() / "objects"
+def _locked(folder: Path, timeout: float) -> Iterator[None]:
+    """One process at a time in the folder of objects. The lock dies with its holder, so none is ever stale."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w", encoding="utf-8") as lock:
         end = time.monotonic() + timeout
@@ -220,63 +183,154 @@ def _object_folder(folder: Path | None, timeout: float) -> Iterator[Path]:
                 break
             except OSError:
                 if time.monotonic() >= end:
-                    raise BuildError(f"another build holds {folder / 'lock'} for {timeout:.0f} s") from None
+                    raise BuildError(f"another build has held {folder / 'lock'} for {timeout:.0f} s") from None
                 time.sleep(0.1)
         for left in folder.rglob("*.part"):  # of a build that was killed
             left.unlink(missing_ok=True)
-        yield folder
+        yield
+
+
+@contextlib.contextmanager
+def _workplace(objects: Path | None, target: Path, timeout: float) -> Iterator[tuple[Path, Path, ThreadPoolExecutor]]:
+    """Yields the sources, the locked folder of objects and the workers; makes sure the sources did not change."""
+    sources = libraries.source_folder()
+    if sources is None:
+        raise BuildError("the sources (csrc) are not part of this installation")
+    checkout = libraries.PACKAGE.parent
+    if objects is None:
+        in_checkout = sources.parent == checkout and os.access(checkout, os.W_OK)
+        objects = checkout / "build" / "native" if in_checkout else libraries.user_folder() / "objects"
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        with _locked(objects, timeout), ThreadPoolExecutor(num_jobs()) as workers:
+            try:
+                yield sources, objects, workers
+            finally:
+                workers.shutdown(cancel_futures=True)
+    except (OSError, LibraryError) as error:
+        raise BuildError(str(error)) from error
 
 
 def build_cpu(
-    target: Path,
-    *,
-    objects: Path | None = None,
-    kinds: Iterable[str] | None = None,
-    timeout: float = LOCK_TIMEOUT,
+    target: Path, *, objects: Path | None = None, names: Sequence[str] | None = None, timeout: float = LOCK_TIMEOUT
 ) -> list[Path]:
     """Build the CPU libraries into the folder ``target``.
 
     Args:
         objects: folder of the object cache; None takes build/native of a checkout, or the user's cache.
-        kinds: instruction sets; None builds all of :func:`instruction_sets`.
+        names: libraries to build; None builds all of :func:`gcng.libraries.cpu_libraries`.
         timeout: seconds to wait for another build that uses the same objects.
 
     Raises:
-        BuildError: no sources, no torch, no compiler, a compile error, or the lock was not to be had.
+        BuildError: no sources, torch or compiler, a compile error, or the lock was not to be had.
     """
-    folder = source_folder()
-    if folder is None:
-        raise BuildError("the sources (csrc) are not part of this installation")
-    torch, words = torch_folder(), compiler()
-    flags = {kind: instruction_sets()[kind] for kind in (kinds or instruction_sets())}
-    base = [*words, *COMMON_FLAGS, "-I", str(folder)]
+    torch, command = torch_folder(), compiler()
     stable = f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000"
-    registration = [*base, stable, "-isystem", str(torch / "include")]
-    with _object_folder(objects, timeout) as cache, ThreadPoolExecutor(num_jobs()) as pool:
-        jobs = {}
-        for source in sources("registration", folder):
-            jobs["registration", source] = pool.submit(_compile, registration, source, cache / f"{source.stem}.o")
-        for kind, extra in flags.items():
-            (cache / kind).mkdir(exist_ok=True)
-            info = {"sources": source_hash(folder), "kind": kind, "torch": ".".join(map(str, TORCH_TARGET))}
-            _write_build_info(cache / kind / "build_info.cpp", info)
-            for source in [*sources("kernels", folder), cache / kind / "build_info.cpp"]:
-                object_file = cache / kind / f"{source.stem}.o"
-                jobs[kind, source] = pool.submit(_compile, [*base, *extra], source, object_file)
-        made = {key: job.result() for key, job in jobs.items()}
-        libraries = ["-L", str(torch / "lib"), "-ltorch_cpu", "-lc10", "-pthread"]
+    linked = ["-L", str(torch / "lib"), "-ltorch_cpu", "-lc10", "-pthread"]
+    with _workplace(objects, target, timeout) as (folder, cache, workers):
+        common = [*command, *CPU_FLAGS, "-I", str(folder)]
+        registration = [*common, stable, "-isystem", str(torch / "include")]
+        kernels, registrations = cpu_sources(folder)
+        start = libraries.source_hash(folder)
+        bound = [workers.submit(_compile, registration, path, cache / f"{path.stem}.o") for path in registrations]
+        parts = {}
+        for name in names or libraries.cpu_libraries():
+            flags, place = libraries.CPU_LIBRARIES[name], cache / Path(name).stem
+            place.mkdir(exist_ok=True)
+            info = {"sources": start, "compiler": command[0], "flags": shlex.join(flags)}
+            files = [*kernels, _write_build_info(place / "build_info.cpp", info)]
+            parts[name] = [
+                workers.submit(_compile, [*common, *flags], path, place / f"{path.stem}.o") for path in files
+            ]
         links = []
-        for kind in flags:
-            files = [str(path) for (owner, _), path in made.items() if owner in (kind, "registration")]
-            links.append(pool.submit(_link, [*words, "-shared", *files, *libraries], target / library_name(kind)))
-        return [link.result() for link in links]
+        for name, jobs in parts.items():
+            files = [str(job.result()) for job in [*jobs, *bound]]
+            links.append(workers.submit(_link, [*command, "-shared", *files, *linked], target / name))
+        made = [link.result() for link in links]
+        if libraries.source_hash(folder) != start:
+            raise BuildError("a source file changed during the build; build again")
+        return made
+
+
+def build_cuda(target: Path, *, objects: Path | None = None, timeout: float = LOCK_TIMEOUT) -> list[Path]:
+    """Build the CUDA library into the folder ``target``; needs nvcc, and neither a GPU nor torch. Else as build_cpu."""
+    nvcc, architectures = cuda_compiler(), cuda_architectures()
+    with _workplace(objects, target, timeout) as (folder, cache, workers):
+        files = cuda_sources(folder)
+        if not files:
+            raise BuildError("this version has no CUDA source")
+        place, start = cache / Path(CUDA_LIBRARY).stem, libraries.source_hash(folder, cuda=True)
+        place.mkdir(exist_ok=True)
+        shown = " ".join(re.findall(r"(?<=code=)\S+", " ".join(architectures)))
+        info = {"sources": start, "compiler": nvcc, "flags": shown}
+        command = [nvcc, *CUDA_FLAGS, *architectures, "-I", str(folder)]
+        files.append(_write_build_info(place / "build_info.cpp", info))
+        jobs = [workers.submit(_compile, command, path, place / f"{path.stem}.o") for path in files]
+        return [_link([nvcc, "-shared", *(str(job.result()) for job in jobs)], target / CUDA_LIBRARY)]
+
+
+# --------------------------------------------------------------------------------------- as a part of a package
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a package build compiles, and why not the rest."""
+
+    cpu: bool
+    cuda: bool
+    reason: str
+
+
+def plan() -> Plan:
+    """Decide by what is installed and by GCNG_BUILD_CUDA (auto, 0 or 1).
+
+    Raises:
+        BuildError: GCNG_BUILD_CUDA=1 where it cannot be done, or another value.
+    """
+    wish = os.environ.get("GCNG_BUILD_CUDA") or "auto"
+    if wish not in ("auto", "0", "1"):
+        raise BuildError(f"GCNG_BUILD_CUDA is {wish!r}; use auto, 0 or 1")
+    folder = libraries.source_folder()
+    if wish == "1":
+        cuda_compiler()
+        cuda_architectures()
+        if folder is None or not cuda_sources(folder):
+            raise BuildError("GCNG_BUILD_CUDA=1, but there is no CUDA source")
+    try:
+        torch_folder(), compiler(), num_jobs()
+    except BuildError as error:
+        return Plan(False, wish == "1", str(error))
+    cuda = wish == "1"
+    if wish == "auto" and folder is not None and cuda_sources(folder):
+        with contextlib.suppress(BuildError):
+            cuda = torch_has_cuda() and bool(cuda_compiler())
+    return Plan(True, cuda, "")
+
+
+def build_package(wanted: Plan, target: Path) -> None:
+    """Build what is planned into ``target``. Only what GCNG_BUILD_CUDA=1 asked for may fail the installation."""
+    reason = wanted.reason
+    if wanted.cpu:
+        try:
+            build_cpu(target)
+        except BuildError as error:
+            reason = str(error)
+    if wanted.cuda:
+        try:
+            build_cuda(target)
+        except BuildError as error:
+            if os.environ.get("GCNG_BUILD_CUDA") == "1":
+                raise
+            print(f"gcng: without the CUDA kernels, to build them later: gcng build --cuda ({error})", file=sys.stderr)
+    if reason:
+        print(f"gcng: without the compiled CPU kernels, to build them later: gcng build ({reason})", file=sys.stderr)
 
 
 def main() -> int:
-    """``python gcng/build.py``: rebuild what changed into the package of this checkout."""
+    """``python -m gcng.build``: bring the libraries of a checkout up to date."""
     start = time.monotonic()
     try:
-        made = build_cpu(PACKAGE / "_native")
+        made = build_cpu(libraries.package_folder())
     except BuildError as error:
         print(f"gcng build: {error}", file=sys.stderr)
         return 1

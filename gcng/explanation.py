@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import platform
@@ -11,6 +12,7 @@ import torch
 from gcng._version import __version__
 from gcng.memory import available_memory, default_budget, format_bytes
 from gcng.mode import in_reference_mode
+from gcng.ops import native
 
 OPS = (
     "correlation", "attention", "messages", "edges", "gates", "synthesis", "class_cross_entropy", "retrieval",
@@ -42,6 +44,17 @@ def explain() -> str:
         lines.append(f"cuda: not available, {reason}")
     lines += [
         f"triton: {triton}; no Triton kernel is part of this version",
-        "C++/CUDA extension: none is part of this version, nothing to build",
+        *extension_lines(),
     ]
     return "\n".join(lines)
+
+
+def extension_lines() -> list[str]:
+    """One line each for the compiled CPU and CUDA kernels: what is loaded, for which processors, or why nothing is."""
+    importlib.import_module("gcng.functional")  # its ops declare what they call
+    cpu, cuda = native.cpu_status(), native.cuda_status()
+    names, place = ", ".join(native.declared()), f"{cpu.path}, compiled {cpu.flags or 'for any processor'}"
+    return [
+        f"C++ kernels: {names} ({place})" if cpu.path else f"C++ kernels: none; {cpu.cause}",
+        f"CUDA C++ kernels: {cuda.path}, compiled for {cuda.flags}" if cuda.path else f"CUDA C++ kernels: {cuda.cause}",
+    ]

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Part of gcng (a module or package directly in gcng/) -> the parts that it may import.
 BASE = frozenset({"_version", "mode", "memory", "batch_layout"})
-DEFINITION = BASE | {"build", "reference", "kernels"}
+DEFINITION = BASE | {"libraries", "reference", "kernels"}
 OPS = DEFINITION | {"ops", "functional"}
 LIBRARY = OPS | {"nn", "losses", "data", "models", "recipes", "evaluation"}
 # gcng.memory and gcng.batch_layout stand alone: command line and sampler use them without the ops.
@@ -27,7 +27,8 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "mode": frozenset({"_version"}),
     "memory": frozenset({"_version", "mode"}),
     "batch_layout": frozenset({"_version", "mode"}),
-    "build": frozenset(),
+    "libraries": frozenset(),
+    "build": frozenset({"libraries"}),
     "kernels": BASE,
     "reference": BASE,
     "ops": DEFINITION,
@@ -40,7 +41,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "recipes": BASE,
     "evaluation": OPS,
     "training": LIBRARY,
-    "cli": LIBRARY | {"training", "explanation"},
+    "cli": LIBRARY | {"training", "explanation", "build"},
 }
 # gcng/__init__.py hands out names of every part on first use; gcng/__main__.py starts the command line.
 UNBOUND = {"__init__", "__main__"}

@@ -121,6 +121,14 @@ def _add_recipes(parser: argparse.ArgumentParser) -> None:
     _add_json(imports)
 
 
+def _add_build(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cuda", action="store_true", help="build the CUDA kernels as well; needs nvcc, no GPU")
+    parser.add_argument(
+        "--timeout", type=float, default=600.0, metavar="SECONDS", help="wait so long for another build (default: 600)"
+    )
+    _add_json(parser)
+
+
 COMMANDS = {
     "train": Command("train", "train from a configuration or a recipe", _add_train, takes_overrides=True),
     "eval": Command(
@@ -133,6 +141,7 @@ COMMANDS = {
     "embed": Command("embed", "write the embeddings of a data set", _add_embed, True, reports_input_errors=True),
     "estimate": Command("estimate", "predict the peak memory of the loss", _add_estimate, reports_input_errors=True),
     "env": Command("env", "versions, devices, and what runs on them", _add_json),
+    "build": Command("build", "compile the optional C++ and CUDA kernels", _add_build),
     "recipes": Command("recipes", "list, show and import settings", _add_recipes, reports_input_errors=True),
 }
 
