@@ -11,6 +11,8 @@ passes, :func:`gcng.ops.dispatch.synthesis_kernels` picks by device.
 
 from __future__ import annotations
 
+import bisect
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,23 +24,54 @@ from gcng.ops.tiles import Tile
 DISTANCE_OFFSET = 1e-6  # (15): added to every channel before the norm
 
 
-def chain_weights(mix: Tensor, boundaries: Sequence[int], ranks: int) -> Tensor:
+class ClassTensors(NamedTuple):
+    """The class structure of a class-major batch on a device; int64 (N,) unless noted."""
+
+    starts: Tensor  # (M + 1,) class starts, then N
+    class_index: Tensor
+    rank: Tensor  # rank in the class
+    positive: Tensor  # slot of the positive; a singleton points at itself
+    is_anchor: Tensor  # bool: classes of at least two samples
+    size_index: Tensor  # place of the class's size among the distinct sizes
+    sizes: tuple[int, ...]  # distinct sizes of classes, ascending
+
+
+# Kept for the batches seen last: an op of a training step finds what the one before it has put on the device, and a
+# CUDA graph captures no copy from the host.
+@functools.lru_cache(maxsize=16)
+def class_tensors(boundaries: tuple[int, ...], device: torch.device) -> ClassTensors:
+    """Index tensors of the classes that start at ``boundaries``, whose last entry is N."""
+    starts = torch.tensor(boundaries, device=device, dtype=torch.int64)
+    count = starts.diff()
+    class_index = torch.repeat_interleave(count)
+    first = starts[:-1][class_index]
+    rank = torch.arange(boundaries[-1], device=device) - first
+    counts = [stop - start for start, stop in zip(boundaries, boundaries[1:], strict=False)]
+    sizes = sorted(set(counts))
+    size_of_class = torch.tensor([sizes.index(c) for c in counts], device=device, dtype=torch.int64)
+    positive = first + (rank + 1) % count[class_index].clamp(min=1)
+    return ClassTensors(
+        starts, class_index, rank, positive, (count > 1)[class_index], size_of_class[class_index], tuple(sizes)
+    )
+
+
+def chain_weights(mix: Tensor, classes: ClassTensors) -> Tensor:
     """Weight of every node in the chain (18) of its class, for every anchor rank: (K, N).
 
     ``(1 - lam_g) Π_{t > g} lam_t`` with ``lam_0 = 0``, over the K_j samples of class j.
     """
-    out = mix.new_zeros((ranks, boundaries[-1]))
-    sizes = {stop - start for start, stop in zip(boundaries, boundaries[1:], strict=False)}
-    by_size = {size: _weights_of_size(mix, size) for size in sizes}
-    for start, stop in zip(boundaries, boundaries[1:], strict=False):
-        out[:, start:stop] = by_size[stop - start]
-    return out
+    ranks = max(classes.sizes, default=1)
+    table = mix.new_zeros((max(len(classes.sizes), 1), ranks, ranks))  # (sizes, anchor rank, rank)
+    for index, size in enumerate(classes.sizes):
+        table[index, :, :size] = _weights_of_size(mix[:ranks], size)
+    return table[classes.size_index, :, classes.rank].T.contiguous()
 
 
 def _weights_of_size(mix: Tensor, size: int) -> Tensor:
     lam = mix[:, : size - 1]
-    kept = torch.cat([torch.zeros_like(mix[:, :1]) if size > 1 else mix.new_zeros((mix.shape[0], 1)), lam], 1)
-    tail = torch.cat([lam, torch.ones_like(kept[:, :1])], 1).flip(1).cumprod(1).flip(1)
+    edge = mix.new_zeros((mix.shape[0], 1))
+    kept = torch.cat([edge, lam], 1)
+    tail = torch.cat([lam, edge + 1], 1).flip(1).cumprod(1).flip(1)
     return (1 - kept) * tail
 
 
@@ -88,15 +121,9 @@ class Synthesis:
         counts = [stop - start for start, stop in zip(self.boundaries, self.boundaries[1:], strict=False)]
         self.counts, self.num_classes = counts, len(counts)
         self.num_anchors = sum(count for count in counts if count > 1)
-        device, most = z.device, max(counts, default=0)
-        self.weights = chain_weights(mix.to(z), self.boundaries, max(most, 1)) if counts else z.new_zeros((1, 0))
-        count = torch.tensor(counts, device=device, dtype=torch.int64)
-        self.starts = torch.tensor(self.boundaries, device=device, dtype=torch.int64)  # (M + 1,)
-        self.class_index = torch.repeat_interleave(count)
-        start = self.starts[:-1][self.class_index]
-        self.rank = torch.arange(z.shape[0], device=device) - start
-        self.positive = start + (self.rank + 1) % count[self.class_index].clamp(min=1)
-        self.is_anchor = (count > 1)[self.class_index]
+        classes = class_tensors(tuple(self.boundaries), z.device)
+        self.starts, self.class_index, self.rank, self.positive, self.is_anchor, *_ = classes
+        self.weights = chain_weights(mix.to(z), classes)  # (K, N)
         self.positive_distance = torch.linalg.vector_norm(z - z[self.positive] + DISTANCE_OFFSET, dim=-1)
 
     @property
@@ -121,8 +148,7 @@ class Side:
         self.synthesis, self.anchors, self.negatives = synthesis, anchors, negatives
         self.columns, self.mirrored = columns, mirrored
         boundaries = synthesis.boundaries
-        first = boundaries.index(negatives.start)
-        last = boundaries.index(negatives.stop)
+        first, last = (bisect.bisect_left(boundaries, node) for node in (negatives.start, negatives.stop))
         self.classes = slice(first, last)
         counts = synthesis.counts[first:last]
         self.uniform = counts[0] if len(set(counts)) == 1 else None
