@@ -58,7 +58,8 @@ class CompilationCase:
         call: runs the launcher, without arguments. It may run several times.
         tf32: whether float32 operands may be multiplied in tf32, as the torch setting would say.
         without_tensor_cores: names of kernels whose ``tl.dot`` is too small for wgmma and tcgen05, on purpose.
-        spills: kernel name -> local memory instructions (LDL + STL) accepted outside its innermost product loop.
+        spills: kernel name -> local memory instructions (LDL + STL) accepted outside its innermost product loop,
+            where it needs more than tests/ahead_of_time.py lets pass.
     """
 
     name: str

@@ -7,7 +7,7 @@ derives them. Nothing is written down twice, so what is compiled here is what a 
     python -m tests.ahead_of_time class_cross_entropy --architectures 90     prints the resources of every kernel
 
 Owns the rules (:func:`broken_rules`): shared memory within what a block may have, no register spilled in a loop
-around products, other spills only as declared, tensor cores where products allow them, no tf32 unless asked for.
+around products, other spills few or declared, tensor cores where products allow them, no tf32 unless asked for.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = (80, 90, 100)
 SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR_CORES = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+# Local memory instructions outside the loops around products, paid once for a tile; versions of triton differ in them.
+FEW_SPILLS = 64
 # Products in SASS, by tensor cores and, for float32 without them, by fused multiply-add.
 PRODUCTS = ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA", "DMMA")
 TYPES = {
@@ -167,8 +169,8 @@ def broken_rules(case: Any, kernel: str, arch: int, assembly: dict, shared: int,
     # On sm_100 waits are placed out of line, so that a backward branch is no loop.
     if spills[1] and arch < 100:
         broken.append(f"{spills[1]} spills in a loop around products")
-    if spills[0] > case.spills.get(kernel, 0):
-        broken.append(f"{spills[0]} spills, declared are {case.spills.get(kernel, 0)}")
+    if spills[0] > case.spills.get(kernel, FEW_SPILLS):
+        broken.append(f"{spills[0]} spills, accepted are {case.spills.get(kernel, FEW_SPILLS)}")
     if not case.tf32 and "tf32" in assembly["ptx"]:
         broken.append("tf32 in the PTX, asked was ieee")
     if _wants_tensor_cores(assembly["ttir"]) and kernel not in case.without_tensor_cores:

@@ -133,12 +133,27 @@ def guarded(values: Tensor) -> Tensor:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.mprotect(ctypes.c_void_p(start + pages * page), ctypes.c_size_t(page), PROT_NONE) != 0:
         raise OSError(ctypes.get_errno(), "mprotect failed")
-    buffer = (ctypes.c_char * size).from_address(start + pages * page - size) if size else bytearray(1)
+    buffer = (ctypes.c_char * size).from_address(start + pages * page - size)
     _alive.append(memory)
-    flat = torch.frombuffer(buffer, dtype=values.dtype, count=values.numel()) if size else values.new_empty(0)
-    guarded_copy = flat.view(values.shape)
-    guarded_copy.copy_(values)
-    return guarded_copy
+    flat = torch.frombuffer(buffer, dtype=values.dtype, count=values.numel()) if size else values.flatten()
+    return flat.view(values.shape).copy_(values)
+
+
+def guard_allocations() -> None:
+    """Let what torch allocates on the CPU from now on be :func:`guarded`, outputs of launchers above all.
+
+    For the code of :func:`check_isolated`; it is not undone.
+    """
+    for owner, names in ((torch.Tensor, ("new_empty", "new_zeros", "new_full")),
+                         (torch, ("empty", "zeros", "full", "empty_like", "zeros_like"))):  # fmt: skip
+        for name in names:
+            original = getattr(owner, name)
+
+            def allocate(*arguments: Any, _original: Any = original, **options: Any) -> Tensor:
+                made = _original(*arguments, **options)
+                return guarded(made) if made.device.type == "cpu" else made
+
+            setattr(owner, name, allocate)
 
 
 def spread_rows(values: Tensor, stride: int) -> Tensor:
