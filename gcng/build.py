@@ -113,7 +113,7 @@ def cuda_sources(folder: Path) -> list[Path]:
 # --------------------------------------------------------------------------------------------- compile and link
 
 
-def _run(command: Sequence[str]) -> None:
+def run_compiler(command: Sequence[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise BuildError(f"{shlex.join(command)}\n{done.stdout}{done.stderr}".strip())
@@ -131,7 +131,7 @@ def _up_to_date(target: Path, command: str) -> bool:
         return False
 
 
-def _compile(command: list[str], source: Path, target: Path) -> Path:
+def compile_object(command: list[str], source: Path, target: Path) -> Path:
     """One object, from the cache where nothing changed. It takes its name when it is whole, dated by its start."""
     line = shlex.join([*command, str(source)])
     if _up_to_date(target, line):
@@ -139,7 +139,7 @@ def _compile(command: list[str], source: Path, target: Path) -> Path:
     started = time.time_ns()
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
     target.with_suffix(".cmd").unlink(missing_ok=True)
-    _run([*command, "-MMD", "-MF", str(target.with_suffix(".d")), "-c", str(source), "-o", str(part)])
+    run_compiler([*command, "-MMD", "-MF", str(target.with_suffix(".d")), "-c", str(source), "-o", str(part)])
     os.utime(part, ns=(started, started))
     os.replace(part, target)
     target.with_suffix(".cmd").write_text(line, encoding="utf-8")
@@ -150,7 +150,7 @@ def _link(command: list[str], target: Path) -> Path:
     """A library takes its name in one step: a build that is killed leaves the old one, or none."""
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        _run([*command, "-o", str(part)])
+        run_compiler([*command, "-o", str(part)])
         libraries.read_build_info(part)
         os.replace(part, target)
     finally:
@@ -172,7 +172,7 @@ def _write_build_info(path: Path, info: Mapping[str, str]) -> Path:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path, timeout: float) -> Iterator[None]:
+def locked(folder: Path, timeout: float) -> Iterator[None]:
     """One process at a time in the folder of objects. The lock dies with its holder, so none is ever stale."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w", encoding="utf-8") as lock:
@@ -202,7 +202,7 @@ def _workplace(objects: Path | None, target: Path, timeout: float) -> Iterator[t
         objects = checkout / "build" / "native" if in_checkout else libraries.user_folder() / "objects"
     try:
         target.mkdir(parents=True, exist_ok=True)
-        with _locked(objects, timeout), ThreadPoolExecutor(num_jobs()) as workers:
+        with locked(objects, timeout), ThreadPoolExecutor(num_jobs()) as workers:
             try:
                 yield sources, objects, workers
             finally:
@@ -232,7 +232,7 @@ def build_cpu(
         registration = [*common, stable, "-isystem", str(torch / "include")]
         kernels, registrations = cpu_sources(folder)
         start = libraries.source_hash(folder)
-        bound = [workers.submit(_compile, registration, path, cache / f"{path.stem}.o") for path in registrations]
+        bound = [workers.submit(compile_object, registration, path, cache / f"{path.stem}.o") for path in registrations]
         parts = {}
         for name in names or libraries.cpu_libraries():
             flags, place = libraries.CPU_LIBRARIES[name], cache / Path(name).stem
@@ -240,7 +240,7 @@ def build_cpu(
             info = {"sources": start, "compiler": command[0], "flags": shlex.join(flags)}
             files = [*kernels, _write_build_info(place / "build_info.cpp", info)]
             parts[name] = [
-                workers.submit(_compile, [*common, *flags], path, place / f"{path.stem}.o") for path in files
+                workers.submit(compile_object, [*common, *flags], path, place / f"{path.stem}.o") for path in files
             ]
         links = []
         for name, jobs in parts.items():
@@ -265,7 +265,7 @@ def build_cuda(target: Path, *, objects: Path | None = None, timeout: float = LO
         info = {"sources": start, "compiler": nvcc, "flags": shown}
         command = [nvcc, *CUDA_FLAGS, *architectures, "-I", str(folder)]
         files.append(_write_build_info(place / "build_info.cpp", info))
-        jobs = [workers.submit(_compile, command, path, place / f"{path.stem}.o") for path in files]
+        jobs = [workers.submit(compile_object, command, path, place / f"{path.stem}.o") for path in files]
         return [_link([nvcc, "-shared", *(str(job.result()) for job in jobs)], target / CUDA_LIBRARY)]
 
 
@@ -327,14 +327,12 @@ def build_package(wanted: Plan, target: Path) -> None:
 
 
 def main() -> int:
-    """``python -m gcng.build``: bring the libraries of a checkout up to date."""
-    start = time.monotonic()
+    """``python -m gcng.build``: bring the libraries of a checkout up to date, as an editable install does."""
     try:
-        made = build_cpu(libraries.package_folder())
+        build_package(plan(), libraries.package_folder())
     except BuildError as error:
-        print(f"gcng build: {error}", file=sys.stderr)
+        print(f"gcng: {error}", file=sys.stderr)
         return 1
-    print(f"{len(made)} libraries in {time.monotonic() - start:.1f} s: {made[0].parent}")
     return 0
 
 

@@ -3,9 +3,6 @@
 #include <unistd.h>
 
 #include <atomic>
-#include <system_error>
-#include <thread>
-#include <vector>
 
 namespace gcng {
 namespace {
@@ -27,19 +24,7 @@ void take_blocks(void* opaque) noexcept {
   inside_loop = false;
 }
 
-void start_threads(int num_threads, void (*member)(void*) noexcept, void* context) {
-  std::vector<std::thread> threads;
-  threads.reserve(num_threads - 1);
-  try {
-    while (static_cast<int>(threads.size()) < num_threads - 1) threads.emplace_back(member, context);
-  } catch (const std::system_error&) {
-    // No more threads to be had: those that are there take all blocks.
-  }
-  member(context);
-  for (std::thread& thread : threads) thread.join();
-}
-
-ThreadSource thread_source = start_threads;
+ThreadSource thread_source = nullptr;
 int64_t home_process = getpid();
 
 }  // namespace
@@ -50,7 +35,8 @@ void set_home_process(int64_t process) { home_process = process; }
 
 void run_blocks(int64_t num_blocks, int num_threads, void (*body)(const void*, int64_t) noexcept,
                 const void* context) {
-  if (num_threads <= 1 || num_blocks <= 1 || inside_loop || getpid() != home_process) {
+  const bool alone = num_threads <= 1 || num_blocks <= 1 || inside_loop;
+  if (alone || thread_source == nullptr || getpid() != home_process) {
     for (int64_t block = 0; block < num_blocks; ++block) body(context, block);
     return;
   }

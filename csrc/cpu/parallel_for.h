@@ -13,12 +13,12 @@ void run_blocks(int64_t num_blocks, int num_threads, void (*body)(const void* co
                 const void* context);
 
 // Where threads come from: calls member(context) on up to num_threads threads, the caller's among them, and returns when
-// all calls have. The extension installs torch's threads (csrc/register_threads.cpp); without it, as in the stand-alone
-// tests, every loop starts threads of its own.
+// all calls have. The extension installs torch's threads (csrc/register_threads.cpp), the stand-alone tests start theirs
+// (tests/native/driver.cpp); without a source every loop is serial.
 using ThreadSource = void (*)(int num_threads, void (*member)(void* context) noexcept, void* context);
 void set_thread_source(ThreadSource source);
 
-// Process that may use threads: that of the first use of the library unless set. Any other is a child of fork, where
+// Process that may use threads: the one that loaded the library, unless set. Any other is a child of fork, where
 // the threads that a loop would wait for do not exist.
 void set_home_process(int64_t process);
 

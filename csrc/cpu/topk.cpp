@@ -11,8 +11,8 @@ namespace {
 
 // Scores that are compared at once: a cache line of float32, whole vectors of either type.
 constexpr int64_t CHUNK = 16;
-// Scores of a block of rows, about 50 us; and no more blocks than that, so that their buffers stay small for a large k.
-constexpr int64_t BLOCK_SCORES = 1 << 18;
+// Scores of a block of rows; and no more blocks than that, so that their buffers stay small for a large k.
+constexpr int64_t BLOCK_SCORES = 1 << 14;
 constexpr int64_t MAX_BLOCKS = 16;
 
 template <class T>
