@@ -9,23 +9,30 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 ARGS ?=
+# The environment of the oldest supported triton, whose interpreter needs an older numpy.
+VENV_TRITON36 ?= .venv-triton36
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # The pin is written once, in requirements.txt.
 TORCH := $(shell grep -m 1 '^torch==' requirements.txt)
+INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+BIN36 := $(VENV_TRITON36)/bin
+PIP36 := $(BIN36)/python -m pip --disable-pip-version-check
 
-.PHONY: help setup demo test test-long lint bench clean distclean
+.PHONY: help setup extension demo test test-long test-triton36 test-sanitizers lint bench clean distclean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo       train N-pair and GCA-HNG on rendered letters, write demo/report.html"
 	@echo "make test       lint and run the tests"
 	@echo "make test-long  the same, with the tests that take minutes"
+	@echo "make test-triton36  interpret and compile the GPU kernels with triton 3.6.0, in $(VENV_TRITON36)"
+	@echo "make test-sanitizers  run the C++ kernels under address, undefined-behavior and thread sanitizers"
 	@echo "make bench      measure time and memory of one iteration, about half an hour on two cores"
 	@echo "make setup      only make the environment ($(VENV))"
-	@echo "make clean      remove what builds and tests leave; make distclean: $(VENV) too"
+	@echo "make clean      remove what builds and tests leave; make distclean: the environments too"
 
 setup: $(READY)
 
@@ -41,32 +48,50 @@ $(READY): pyproject.toml setup.py requirements.txt requirements-dev.txt
 	    echo "gcng: '$(PYTHON)' cannot make virtual environments." >&2; \
 	    echo "      Debian, Ubuntu: sudo apt install python3-venv (or python3.12-venv for python3.12)" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install $(TORCH) --constraint requirements.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	$(PIP) install $(TORCH) --constraint requirements.txt $(INDEX)
 	$(PIP) install --requirement requirements-dev.txt
 	$(PIP) install --no-deps --no-build-isolation --editable .
 	$(PIP) check
 	@touch $@
 
+$(VENV_TRITON36)/.ready: pyproject.toml setup.py requirements-triton36.txt
+	test -x $(BIN36)/python || $(PYTHON) -m venv $(VENV_TRITON36)
+	$(PIP36) install $(TORCH) --constraint requirements-triton36.txt $(INDEX)
+	$(PIP36) install --requirement requirements-triton36.txt
+	$(PIP36) install --no-deps --no-build-isolation --editable .
+	$(PIP36) check
+	@touch $@
+
+# Compiles what changed in csrc/ since $(READY) did; does nothing where there is no compiler.
+extension: $(READY)
+	@$(BIN)/python -m gcng.build
+
 # Threads sleep while they wait instead of spinning: small ops stay fast where other work shares the cores.
 demo: export OMP_WAIT_POLICY ?= PASSIVE
-demo: $(READY)
+demo: extension
 	$(BIN)/python -m demo $(ARGS)
 
 lint: $(READY)
 	$(BIN)/python -m ruff check .
 
-test: lint
+test: lint extension
 	$(BIN)/python -m pytest $(ARGS)
 
-test-long: lint
+test-long: lint extension
 	$(BIN)/python -m pytest --long $(ARGS)
 
-bench: $(READY)
+test-triton36: $(VENV_TRITON36)/.ready
+	$(BIN36)/python -m pytest tests/test_triton_*.py $(ARGS)
+
+test-sanitizers: $(READY)
+	$(BIN)/python -m tests.native.sanitize
+
+bench: extension
 	$(BIN)/python -m benchmarks.measure $(ARGS)
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
-	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	rm -rf build dist gcng/_native *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -not -path './.venv*' -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV_TRITON36)
