@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -46,6 +47,7 @@ class BatchLayout:
         for label in self.labels.tolist():
             counts[label] = counts.get(label, 0) + 1
         self.counts = tuple(counts.values())
+        self.on_device: dict[torch.device, Any] = {}  # what the ops have made of it, for each device
 
     @property
     def num_samples(self) -> int:

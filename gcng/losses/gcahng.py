@@ -15,7 +15,7 @@ from gcng.losses.official import load_official_state_dict
 from gcng.losses.schedule import LossAverages
 from gcng.nn.graph import CorrelationGraph, check_batch
 from gcng.ops.class_cross_entropy import linear_cross_entropy
-from gcng.ops.layout import ClassMajor, host_labels
+from gcng.ops.layout import ClassMajor, class_major_beside
 from gcng.ops.validation import check_same_dtype
 
 CLASSIFIER_FACTOR = 10.0  # (23)
@@ -236,7 +236,7 @@ class GCAHNGLoss(nn.Module):
                     f"{op}: labels[{index}] is {int(labels[index])}; expected a class index in [0, num_classes) = "
                     f"[0, {self.graph.num_classes})"
                 )
-        batch = self.graph.layout_of(embeddings, host_labels(op, labels, layout))
+        batch = class_major_beside(op, labels, layout, embeddings.device)
         if self.singletons == "error" and not bool(batch.is_anchor.all()):
             label = int(batch.labels[~batch.is_anchor][0])
             raise ValueError(

@@ -14,7 +14,7 @@ from gcng.mode import in_reference_mode
 from gcng.nn.field import DenseEdges, DropoutState, EdgeField, GateParameters
 from gcng.nn.layers import EdgeLayer, NodeLayer
 from gcng.ops.correlation import center_normalize
-from gcng.ops.layout import ClassMajor, class_major
+from gcng.ops.layout import ClassMajor, class_major_beside
 from gcng.ops.validation import check_channels, check_float_matrix, check_labels, check_same_dtype
 
 
@@ -100,16 +100,8 @@ class CorrelationGraph(nn.Module):
         """Run the graph; ``generator`` draws the 64-bit dropout seed (training with dropout only)."""
         check_batch("CorrelationGraph", embeddings, labels, self.embedding_size)
         check_same_dtype("CorrelationGraph", embeddings=embeddings, weight=self.input.weight)
-        return self.run(embeddings, self.layout_of(embeddings, labels), self.draw_dropout(generator))
-
-    def layout_of(self, embeddings: Tensor, labels: Tensor) -> ClassMajor:
-        """The class structure of the batch, index tensors on the embeddings' device.
-
-        ``class_start`` stays where the labels are: from labels on the CPU no op has to wait for a GPU.
-        """
-        layout = class_major(labels)
-        moved = ClassMajor(*(x.to(embeddings.device) for x in layout))
-        return moved._replace(class_start=layout.class_start)
+        layout = class_major_beside("CorrelationGraph", labels, None, embeddings.device)
+        return self.run(embeddings, layout, self.draw_dropout(generator))
 
     def draw_dropout(self, generator: torch.Generator | None) -> DropoutState:
         """One 64-bit seed for a phase; nothing is drawn without dropout."""
@@ -120,14 +112,7 @@ class CorrelationGraph(nn.Module):
 
     def memory_plan(self, embeddings: Tensor) -> MemoryPlan:
         """What to keep for the backward of a batch like this one."""
-        n, width = embeddings.shape
-        budget = self.memory_budget
-        if budget is None and embeddings.is_cuda:
-            budget = torch.cuda.mem_get_info(embeddings.device)[0] // 2
-        elif budget is None:
-            budget = default_budget(available_memory())
-        item = 8 if embeddings.dtype == torch.float64 else 4
-        return plan_memory(max(n, 1), width, self.num_layers, item_size=item, budget=budget).plan
+        return memory_plan(embeddings, self.num_layers, self.memory_budget)
 
     def run(self, embeddings: Tensor, layout: ClassMajor, dropout: DropoutState) -> GraphOutput:
         """The graph on a batch whose class structure is known."""
@@ -176,6 +161,17 @@ class CorrelationGraph(nn.Module):
         return {
             name: self.get_parameter(path) for name, path in parameter_names(self.num_layers).items()
         }
+
+
+def memory_plan(embeddings: Tensor, num_layers: int, budget: int | None) -> MemoryPlan:
+    """What the ops on a batch like ``embeddings`` (N, D) keep within ``budget`` bytes; None is the device's default."""
+    n, width = embeddings.shape
+    if budget is None and embeddings.is_cuda:
+        budget = torch.cuda.mem_get_info(embeddings.device)[0] // 2
+    elif budget is None:
+        budget = default_budget(available_memory())
+    item = 8 if embeddings.dtype == torch.float64 else 4
+    return plan_memory(max(n, 1), width, num_layers, item_size=item, budget=budget).plan
 
 
 _NODE_NAMES = {

@@ -82,6 +82,23 @@ def class_major(labels: Tensor) -> ClassMajor:
     )
 
 
+def class_major_beside(op: str, labels: Tensor, layout: BatchLayout | None, device: torch.device) -> ClassMajor:
+    """The class structure with its index tensors on ``device``; ``class_start`` stays where the labels are.
+
+    From labels on the CPU no op has to wait for a GPU. What a ``layout`` has been asked for on a device it keeps, so
+    that a CUDA graph captures no copy from the host.
+    """
+    known = None if layout is None else layout.on_device.get(device)
+    host = host_labels(op, labels, layout)
+    if known is not None:
+        return known
+    made = class_major(host)
+    moved = ClassMajor(*(x.to(device) for x in made))._replace(class_start=made.class_start)
+    if layout is not None:
+        layout.on_device[device] = moved
+    return moved
+
+
 def class_boundaries(class_start: Tensor) -> list[int]:
     """Class starts as host integers, ending with N: ``[0, K_0, K_0 + K_1, ..., N]``."""
     starts = class_start.tolist()
