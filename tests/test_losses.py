@@ -392,7 +392,8 @@ def test_common_errors_of_all_pairs_do_not_add_up() -> None:
     # graph four times what the definition loses in float32.
     torch.manual_seed(0)
     n, width = 160, 128
-    z, y = 3 * (torch.randn(n // 2, width).repeat(2, 1) + 0.8 * torch.randn(n, width)) / width**0.5, torch.arange(n) % 80
+    z, y = torch.randn(n // 2, width).repeat(2, 1) + 0.8 * torch.randn(n, width), torch.arange(n) % (n // 2)
+    z *= 3 / width**0.5
     criterion = gcng.losses.GCAHNGLoss(width, n // 2, dropout=0.0)
     criterion.schedule.j_avg = 1.5
     mix = torch.rand(2, 1)
@@ -404,7 +405,8 @@ def test_common_errors_of_all_pairs_do_not_add_up() -> None:
         # The bias of a key of an edge layer has a gradient that is mathematically 0.
         named = {k: p for k, p in module.graph.edge_layers.named_parameters() if not k.endswith("key.bias")}
         named |= dict(module.graph.node_layers.named_parameters(prefix="node"))
-        return dict(zip(named, torch.autograd.grad(module.generator_terms(x, y, mix=mix).total, [*named.values()])))
+        grads = torch.autograd.grad(module.generator_terms(x, y, mix=mix).total, [*named.values()])
+        return dict(zip(named, grads, strict=True))
 
     ours = gradients(criterion, z)
     with gcng.reference_mode():
