@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 MIB = 2**20
 DEFAULT_CPU_BUDGET = 512 * MIB
-ITEM_SIZES = {"float16": 4, "bfloat16": 4, "float32": 4, "float64": 8}  # tiles of 16-bit inputs are float32
+ITEM_SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 _UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
     _UNITS |= {f"{_letter}IB": 1024**_power, f"{_letter}B": 1000**_power, _letter: 1024**_power}
@@ -118,14 +118,34 @@ def _rlimits() -> list[int]:
 
 # Vectors of 4 D and of D numbers that one pair of a tile takes at most, in the backward of an edge layer.
 _TILE_HIDDEN_ROWS, _TILE_ROWS = 4, 16
-_TILE_BYTES = 16 * MIB  # of one (pairs, 4 D) tensor: large against call overhead, not out of cache
+# Bytes of one (pairs, 4 D) tensor: on the CPU large against call overhead but not out of cache, on a GPU some tens of
+# thousands of pairs, enough for a few waves of blocks in every product.
+_TILE_BYTES = {"cpu": 16 * MIB, "cuda": 128 * MIB}
 
 
-def _terms(n: int, d: int, layers: int, samples_per_class: int, item: int, plan: MemoryPlan) -> dict[str, int]:
-    vectors = n * (n + 1) // 2 * d * item
+@dataclass(frozen=True)
+class ItemSizes:
+    """Bytes of a number: of statistics, sums and node tensors, and of what products read and stashes hold."""
+
+    wide: int
+    operand: int
+
+    @classmethod
+    def of(cls, dtype: str, device: str) -> ItemSizes:
+        """For inputs of a dtype, by name: 16-bit tiles are 16 bit on a GPU, and float32 on the CPU."""
+        wide = max(ITEM_SIZES[dtype], 4)
+        return cls(wide, ITEM_SIZES[dtype] if device == "cuda" else wide)
+
+
+def _tile_bytes_per_pair(d: int, item: ItemSizes) -> int:
+    return d * (4 * _TILE_HIDDEN_ROWS * item.operand + _TILE_ROWS * item.wide)
+
+
+def _terms(n: int, d: int, layers: int, samples_per_class: int, item: ItemSizes, plan: MemoryPlan) -> dict[str, int]:
+    vectors = n * (n + 1) // 2 * d * item.operand
     terms = {
-        "nodes": (20 + 36 * layers) * n * d * item,
-        "tile workspace": plan.pairs_per_tile * d * item * (4 * _TILE_HIDDEN_ROWS + _TILE_ROWS),
+        "nodes": (20 + 36 * layers) * n * d * item.wide,
+        "tile workspace": plan.pairs_per_tile * _tile_bytes_per_pair(d, item),
         "anchor x class": n * max(n // max(samples_per_class, 1), 1) * 8,
     }
     if plan.stash_edges:
@@ -139,10 +159,10 @@ def _terms(n: int, d: int, layers: int, samples_per_class: int, item: int, plan:
     return terms
 
 
-def tile_pairs(n: int, d: int, item: int, budget: int) -> int:
+def tile_pairs(n: int, d: int, item: ItemSizes, budget: int, device: str) -> int:
     """Pairs of a tile: by the size of its hidden tensor, and at most an eighth of the budget."""
-    wanted = _TILE_BYTES // (4 * d * item)
-    fits = budget // 8 // (d * item * (4 * _TILE_HIDDEN_ROWS + _TILE_ROWS))
+    wanted = _TILE_BYTES[device] // (4 * d * item.operand)
+    fits = budget // 8 // _tile_bytes_per_pair(d, item)
     return max(min(wanted, fits, n * n), min(16, n * n), 1)
 
 
@@ -152,7 +172,8 @@ def plan_memory(
     num_layers: int,
     *,
     samples_per_class: int = 2,
-    item_size: int = 4,
+    dtype: str = "float32",
+    device: str = "cpu",
     budget: int,
 ) -> MemoryEstimate:
     """Choose what to keep: the fastest plan whose predicted peak fits the budget.
@@ -161,12 +182,13 @@ def plan_memory(
         MemoryError: not even recomputing everything fits; names the terms and what to change.
     """
     n, d = num_samples, embedding_size
-    pairs = tile_pairs(n, d, item_size, budget)
+    item = ItemSizes.of(dtype, device)
+    pairs = tile_pairs(n, d, item, budget, device)
     # In the order of matrix products saved: hidden 16, edges 36, the small ones 8 units of D^2 for a pair and layer.
     choices = ((True, True, True), (True, True, False), (True, False, True), (True, False, False), (False,) * 3)
     for choice in choices:
         plan = MemoryPlan(pairs, *choice)
-        terms = _terms(n, d, num_layers, samples_per_class, item_size, plan)
+        terms = _terms(n, d, num_layers, samples_per_class, item, plan)
         peak = sum(terms.values())
         if peak <= budget:
             return MemoryEstimate(peak, terms, plan, budget)
@@ -186,6 +208,7 @@ def estimate_memory(
     *,
     samples_per_class: int = 2,
     dtype: str = "float32",
+    device: str = "cpu",
     memory_budget: int | float | str | None = None,
 ) -> MemoryEstimate:
     """Predict the peak memory of one phase of :class:`gcng.losses.GCAHNGLoss` with its backward.
@@ -193,8 +216,9 @@ def estimate_memory(
     Args:
         num_samples: N, samples of a batch. embedding_size: D. num_layers: L. num_classes: C, training classes; adds
             the classifier's parameters and gradients as a term of their own. samples_per_class: K.
-        dtype: of the embeddings, by name (``torch.float32`` works too).
-        memory_budget: as for the loss; None is the default of the CPU path on this machine.
+        dtype: of the embeddings, or of autocast, by name (``torch.float32`` works too). device: "cpu" or "cuda".
+        memory_budget: as for the loss; None is the default of the CPU path on this machine, and is refused for
+            "cuda", whose default depends on the free memory of the GPU.
 
     Returns:
         MemoryEstimate with ``peak_bytes``, ``terms`` (name -> bytes) and the chosen plan. Bytes come on top of the
@@ -214,13 +238,17 @@ def estimate_memory(
     name = str(dtype).removeprefix("torch.")
     if name not in ITEM_SIZES:
         raise ValueError(f"estimate_memory: dtype {dtype!r} is unknown; use one of {', '.join(ITEM_SIZES)}")
+    if device not in _TILE_BYTES:
+        raise ValueError(f'estimate_memory: device is {device!r}; use "cpu" or "cuda"')
+    if memory_budget is None and device == "cuda":
+        raise ValueError('estimate_memory: device="cuda" needs a memory_budget, such as "40GiB"')
     budget = default_budget(available_memory()) if memory_budget is None else parse_bytes(memory_budget)
     estimate = plan_memory(
         num_samples, embedding_size, num_layers,
-        samples_per_class=samples_per_class, item_size=ITEM_SIZES[name], budget=budget,
+        samples_per_class=samples_per_class, dtype=name, device=device, budget=budget,
     )  # fmt: skip
     terms = dict(estimate.terms)
     if num_classes is not None:
         # Weight, gradient, and the two moments of Adam.
-        terms["classifier"] = 4 * num_classes * (embedding_size + 1) * ITEM_SIZES[name]
+        terms["classifier"] = 4 * num_classes * (embedding_size + 1) * ItemSizes.of(name, device).wide
     return MemoryEstimate(sum(terms.values()), terms, estimate.plan, budget, sizes)

@@ -143,3 +143,28 @@ def test_estimate_refuses(arguments: tuple, options: dict, message: str) -> None
 def test_estimate_refuses_what_cannot_fit() -> None:
     with pytest.raises(MemoryError, match=r"N = 16384, D = 512, L = 1 needs .* GiB \(nodes .*raise memory_budget"):
         gcng.estimate_memory(16384, 512, memory_budget="64MiB")
+
+
+@pytest.mark.parametrize(("n", "limit"), ((4096, 6e9), (16384, 24e9)))
+def test_recomputing_on_a_gpu_takes_gigabytes(n: int, limit: float) -> None:
+    estimate = gcng.estimate_memory(n, 512, 1, 100, dtype="bfloat16", device="cuda", memory_budget=int(limit))
+    assert estimate.peak_bytes <= limit
+    assert not estimate.plan.stash_edges, "what 16-bit edges of all pairs take: 8.6 GB and 137 GB"
+    assert 8192 <= estimate.plan.pairs_per_tile <= 65536
+
+
+def test_operands_are_16_bit_on_a_gpu_only() -> None:
+    sizes = {
+        (dtype, device): gcng.estimate_memory(256, 64, dtype=dtype, device=device, memory_budget="1GiB").terms["edges"]
+        for dtype in ("float32", "bfloat16")
+        for device in ("cpu", "cuda")
+    }
+    assert sizes["bfloat16", "cuda"] * 2 == sizes["bfloat16", "cpu"] == sizes["float32", "cpu"]
+    assert sizes["float32", "cuda"] == sizes["float32", "cpu"]
+
+
+def test_estimate_for_a_gpu_wants_a_budget() -> None:
+    with pytest.raises(ValueError, match="needs a memory_budget"):
+        gcng.estimate_memory(256, 64, device="cuda")
+    with pytest.raises(ValueError, match="device is 'tpu'"):
+        gcng.estimate_memory(256, 64, device="tpu")

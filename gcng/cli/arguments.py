@@ -102,6 +102,8 @@ def _add_estimate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, metavar="L", help="propagation layers")
     parser.add_argument("--classes", type=int, metavar="C", help="training classes")
     parser.add_argument("--budget", metavar="SIZE", help="memory budget such as 2GiB")
+    parser.add_argument("--dtype", help="dtype of the embeddings: float32 (default), float64, bfloat16, float16")
+    parser.add_argument("--device", help="cpu (default) or cuda; cuda needs --budget")
     parser.add_argument("--config", metavar="CONFIG", help="TOML file to take what is not given from")
     parser.add_argument("--recipe", metavar="NAME", help="published setting to take what is not given from")
     _add_json(parser)

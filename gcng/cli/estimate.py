@@ -37,6 +37,8 @@ def sizes(arguments: argparse.Namespace) -> dict[str, Any]:
         "num_classes": arguments.classes,
         "samples_per_class": arguments.samples_per_class,
         "memory_budget": arguments.budget,
+        "dtype": arguments.dtype,
+        "device": arguments.device,
     }
     if config is not None:
         batch = config.data.num_classes_per_batch * config.data.samples_per_class

@@ -170,8 +170,11 @@ def memory_plan(embeddings: Tensor, num_layers: int, budget: int | None) -> Memo
         budget = torch.cuda.mem_get_info(embeddings.device)[0] // 2
     elif budget is None:
         budget = default_budget(available_memory())
-    item = 8 if embeddings.dtype == torch.float64 else 4
-    return plan_memory(max(n, 1), width, num_layers, item_size=item, budget=budget).plan
+    dtype, device = embeddings.dtype, "cuda" if embeddings.is_cuda else "cpu"
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    name = str(dtype).removeprefix("torch.")
+    return plan_memory(max(n, 1), width, num_layers, dtype=name, device=device, budget=budget).plan
 
 
 _NODE_NAMES = {
