@@ -124,7 +124,7 @@ class Synthesis:
         classes = class_tensors(tuple(self.boundaries), z.device)
         self.starts, self.class_index, self.rank, self.positive, self.is_anchor, *_ = classes
         self.weights = chain_weights(mix.to(z), classes)  # (K, N)
-        self.positive_distance = torch.linalg.vector_norm(z - z[self.positive] + DISTANCE_OFFSET, dim=-1)
+        self.positive_distance = kernels.positive_distance(z, self.positive)
 
     @property
     def has_negatives(self) -> bool:
@@ -211,6 +211,13 @@ class EmbeddingGradients:
 
 class TorchSynthesisKernels:
     """The passes of the synthesis in plain torch, on any device; the others equal it up to rounding."""
+
+    def positive_distance(self, z: Tensor, positive: Tensor) -> Tensor:
+        """Distance (15) of every node of ``z`` (N, D) to its positive, (N,), rounded as those of :meth:`geometry`.
+
+        A negative equal to the positive is near, so both distances have to come from the same order of summation.
+        """
+        return _norms(z - z[positive] + DISTANCE_OFFSET)
 
     def geometry(self, synthesis: Synthesis, anchors: slice, negatives: slice) -> Geometry:
         """Distances and the two numbers of each pair; see :class:`Geometry`."""
