@@ -261,7 +261,7 @@ def build_cuda(target: Path, *, objects: Path | None = None, timeout: float = LO
             raise BuildError("this version has no CUDA source")
         place, start = cache / Path(CUDA_LIBRARY).stem, libraries.source_hash(folder, cuda=True)
         place.mkdir(exist_ok=True)
-        shown = " ".join(re.findall(r"(?<=code=)\S+", " ".join(architectures)))
+        shown = " ".join(option.split(",code=", 1)[1] for option in architectures)
         info = {"sources": start, "compiler": nvcc, "flags": shown}
         command = [nvcc, *CUDA_FLAGS, *architectures, "-I", str(folder)]
         files.append(_write_build_info(place / "build_info.cpp", info))
