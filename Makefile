@@ -30,7 +30,7 @@ help:
 	@echo "make test-long  the same, with the tests that take minutes"
 	@echo "make test-triton36  interpret and compile the GPU kernels with triton 3.6.0, in $(VENV_TRITON36)"
 	@echo "make test-sanitizers  run the C++ kernels under address, undefined-behavior and thread sanitizers"
-	@echo "make bench      measure time and memory of one iteration, about half an hour on two cores"
+	@echo "make bench      measure what this machine's results file lacks, then write tables and figures (ARGS=--list)"
 	@echo "make setup      only make the environment ($(VENV))"
 	@echo "make clean      remove what builds and tests leave; make distclean: the environments too"
 
@@ -88,6 +88,8 @@ test-sanitizers: $(READY)
 
 bench: extension
 	$(BIN)/python -m benchmarks.measure $(ARGS)
+	$(BIN)/python -m benchmarks.tables
+	$(BIN)/python -m benchmarks.plots
 
 clean:
 	rm -rf build dist gcng/_native *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

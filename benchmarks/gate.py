@@ -1,66 +1,26 @@
-"""The closeness gate before any timing: losses and gradients of every provider against one float64 truth.
+"""The closeness gate before any timing: what every provider gives, against one float64 truth.
 
-Owns which provider is the truth and which is the baseline; the rules are those of `tests/closeness.py`.
+Owns what of an iteration is compared, and which caps a precision has; the rules are those of `tests/closeness.py`.
 """
 
 from __future__ import annotations
 
-import gc
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from benchmarks.iteration import Outcome, make_batch, make_provider, run_iteration
-from benchmarks.settings import Setting
-from tests.closeness import assert_close_to_truth
+from benchmarks.iteration import Outcome
+from benchmarks.operations import PRECISIONS, Operation
+from tests.closeness import CAPS, TF32_CAP, ClosenessError, assert_close_to_truth, relative_error
 
-# A whole iteration in float32 may be off by this much (relative L2) whatever the baseline does. The cap of a
-# single op does not fit: batch normalization takes away most of what the shift of the last edge norm does,
-# and the dense formulation itself has 2e-4 in that gradient. The rules relative to the baseline are those of
-# the tests, but wider: an iteration has a hundred arrays, and each rule of each array can fail by luck.
-ITERATION_CAP = 1e-3
-FACTOR, ROW_FACTOR = 4.0, 6.0
+# What shows that a peer computes the same thing: its accuracy is its own business, and is shown in the tables.
+SAME_FORMULA = {torch.float64: 1e-9, torch.float32: 1e-2, torch.float16: 0.1, torch.bfloat16: 0.3}
+# Caps of precisions that are no dtype: operands of products have fewer digits than what is stored.
+OPERAND_CAPS = {"tf32": TF32_CAP, "autocast": CAPS[torch.bfloat16]}
 
 
-def float64_truth(setting: Setting, provider: str) -> Outcome:
-    """Losses and gradients in float64; of "published" where that fits, since the golden data prove it."""
-    outcome = run_iteration(
-        make_provider(provider, setting, torch.float64),
-        make_batch(setting, torch.float64),
-        keep_gradients=True,
-    )
-    gc.collect()
-    return outcome
-
-
-def assert_providers_close(outcomes: dict[str, Outcome], truth: Outcome) -> dict[str, float]:
-    """Fails unless every loss and gradient of every provider is close; returns the worst relative L2 of each.
-
-    Args:
-        outcomes: float32 outcomes by provider. The first one is the baseline of the others, and is itself
-            held to the cap: it is about as accurate as plain torch because it is plain torch.
-        truth: the float64 outcome of the same setting.
-    """
-    wanted = _arrays(truth)
-    arrays = {name: _arrays(outcome) for name, outcome in outcomes.items()}
-    baseline = next(iter(arrays.values()))
-    worst = {}
-    for name, ours in arrays.items():
-        missing = wanted.keys() - ours.keys()
-        if missing:
-            raise AssertionError(f"provider {name} has no {sorted(missing)}, which the truth has")
-        readings = [
-            assert_close_to_truth(
-                f"{name} {key}", ours[key], value, baseline[key],
-                op_caps={torch.float32: ITERATION_CAP}, factor=FACTOR, row_factor=ROW_FACTOR,
-            ).reading("hard cap")
-            for key, value in wanted.items()
-        ]  # fmt: skip
-        worst[name] = max(readings)
-    return worst
-
-
-def _arrays(outcome: Outcome) -> dict[str, Tensor]:
+def iteration_arrays(outcome: Outcome) -> dict[str, Tensor]:
     """What is compared: the spread in place of J_div, near 0 by cancellation; no gradient that is 0."""
     arrays = {f"loss {name}": loss for name, loss in outcome.losses.items() if name != "diversity"}
     arrays["loss spread"] = 1 - outcome.losses["diversity"] / 0.01
@@ -69,3 +29,56 @@ def _arrays(outcome: Outcome) -> dict[str, Tensor]:
         if not ("/edge" in name and name.endswith(".k.b")):
             arrays[f"gradient {name}"] = gradient
     return arrays
+
+
+def assert_gcng_close(
+    operation: Operation,
+    provider: str,
+    arrays: Mapping[str, Tensor],
+    truth: Mapping[str, Tensor],
+    baseline: Mapping[str, Tensor],
+    precision: str,
+) -> float:
+    """Fail unless every array of a provider is about as accurate as plain torch; returns the worst relative L2 error.
+
+    Args:
+        arrays, truth, baseline: by name; the truth in float64, the baseline by the dense definition where that fits.
+
+    Raises:
+        ClosenessError: the rules of the first array that is not close, or the names of missing arrays.
+    """
+    _check_names(provider, arrays, truth)
+    dtype = PRECISIONS[precision]
+    caps = dict(operation.caps or {})
+    if precision in OPERAND_CAPS:
+        caps[dtype] = max(OPERAND_CAPS[precision], caps.get(dtype, 0.0))
+    factor, row_factor = operation.factors
+    worst = 0.0
+    for key, value in truth.items():
+        # In a wider dtype than the test's is fine: gcng returns float32 losses of 16-bit embeddings.
+        readings = assert_close_to_truth(
+            f"{provider} {key}", arrays[key].cpu(), value.cpu(), baseline[key].cpu(), dtype=dtype,
+            output_dtype=arrays[key].dtype, op_caps=caps, factor=factor, row_factor=row_factor,
+        )  # fmt: skip
+        worst = max(worst, readings.reading("hard cap"))
+    return worst
+
+
+def assert_same_formula(
+    provider: str, arrays: Mapping[str, Tensor], truth: Mapping[str, Tensor], precision: str
+) -> float:
+    """Fail where a peer computes something else; returns its worst relative L2 error."""
+    _check_names(provider, arrays, truth)
+    worst, limit = 0.0, SAME_FORMULA[PRECISIONS[precision]]
+    for key, value in truth.items():
+        error = relative_error(arrays[key].cpu(), value.cpu()) if bool((value != 0).any()) else 0.0
+        if not error <= limit:
+            raise ClosenessError(f"{provider} {key}: relative L2 error {error:.1e}, over {limit:.0e} for {precision}")
+        worst = max(worst, error)
+    return worst
+
+
+def _check_names(provider: str, arrays: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> None:
+    missing = truth.keys() - arrays.keys()
+    if missing:
+        raise ClosenessError(f"{provider} has no {sorted(missing)}, which the truth has")

@@ -7,9 +7,10 @@ Gradients are reset to None between the three, as a training step does, and both
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,12 @@ from benchmarks.settings import Setting
 SEED = 20250101
 J_AVG, J_GEN = 1.5, 30.0  # averages of a previous epoch; both losses then weigh in
 EMBEDDING_SCALE, CLASS_SPREAD = 3.0, 0.8
+
+ITERATION_PROVIDERS = (
+    "published", "published-compiled", "reference", "gcng", "gcng-no-extension", "gcng-recompute",
+)  # fmt: skip
+# What "gcng-recompute" may keep: less than the packed edges of any batch that is measured with it.
+RECOMPUTE_BUDGETS = {2048: "1GiB", 8192: "4GiB", 16_384: "20GiB"}  # up to N -> bytes
 
 _OFFICIAL_LAYER_NAMES = {
     "node{l}.q": "gnn.gnn.{l}.node_model.layers.0.att.q_linear",
@@ -54,7 +61,7 @@ class Batch:
     """Inputs of one iteration: z (N, D) a leaf, labels (N,) in slot order, mixes (K, K-1) per phase."""
 
     z: Tensor
-    labels: Tensor
+    labels: Tensor  # on the CPU: no op of gcng has to wait for a GPU
     metric_mix: Tensor
     generator_mix: Tensor
 
@@ -67,7 +74,6 @@ class Provider:
     criterion: nn.Module
     parameters: dict[str, nn.Parameter]
     mode: Callable[[], AbstractContextManager] = nullcontext
-    keeps_first_graph: bool = True
 
 
 @dataclass
@@ -78,14 +84,14 @@ class Outcome:
     gradients: dict[str, Tensor] = field(default_factory=dict)
 
 
-def make_batch(setting: Setting, dtype: torch.dtype = torch.float32) -> Batch:
-    """Classes around random centers, rounded to float32 in every dtype."""
+def make_batch(setting: Setting, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Batch:
+    """Classes around random centers, rounded to float32 in every dtype of 32 bits or more."""
     generator = torch.Generator().manual_seed(SEED)
     M, K, D = setting.batch_classes, setting.samples_per_class, setting.embedding_size
     centers = torch.randn(M, D, generator=generator).repeat(K, 1)
     noise = torch.randn(M * K, D, generator=generator)
-    z = (EMBEDDING_SCALE * (centers + CLASS_SPREAD * noise) / D**0.5).to(dtype).requires_grad_()
-    mixes = (torch.rand(K, K - 1, generator=generator).to(dtype) for _ in range(2))
+    z = (EMBEDDING_SCALE * (centers + CLASS_SPREAD * noise) / D**0.5).to(device, dtype).requires_grad_()
+    mixes = (torch.rand(K, K - 1, generator=generator).to(device, dtype) for _ in range(2))
     return Batch(z, torch.arange(M).repeat(K), *mixes)
 
 
@@ -114,35 +120,46 @@ def official_name(golden_name: str) -> str:
     return f"{template.format(l=block[4:])}.{suffix}"
 
 
-def make_provider(name: str, setting: Setting, dtype: torch.dtype = torch.float32) -> Provider:
-    """A provider by name: published, published-freed, reference or blocked. Other names are a ValueError."""
-    if name in ("published", "published-freed"):
-        return _published(name, setting, dtype)
-    if name in ("reference", "blocked"):
-        return _gcng(name, setting, dtype)
-    raise ValueError(
-        f"make_provider: name is {name!r}; it must be published, published-freed, reference or blocked"
-    )
+def make_provider(
+    name: str,
+    setting: Setting,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    weights: Mapping[str, Tensor] | None = None,
+) -> Provider:
+    """A provider by name, one of ITERATION_PROVIDERS (another name is a ValueError), with given or usual weights."""
+    weights = {key: w.detach().to("cpu", dtype) for key, w in (weights or make_weights(setting)).items()}
+    if name in ("published", "published-compiled"):
+        return _published(name, setting, weights, dtype, device)
+    if name in ITERATION_PROVIDERS:
+        return _gcng(name, setting, weights, dtype, device)
+    raise ValueError(f"make_provider: name is {name!r}; it must be one of {', '.join(ITERATION_PROVIDERS)}")
 
 
-def run_iteration(provider: Provider, batch: Batch, *, keep_gradients: bool = False) -> Outcome:
-    """One iteration; `keep_gradients` copies the gradients of each phase (not for measurements of memory)."""
+def run_iteration(
+    provider: Provider, batch: Batch, *, keep_gradients: bool = False, with_layout: bool = False
+) -> Outcome:
+    """One iteration.
+
+    Args:
+        keep_gradients: copy the gradients of each phase (not for measurements of memory).
+        with_layout: hand gcng the batch's classes, which spares it every wait for a GPU.
+    """
     outcome, criterion = Outcome(), provider.criterion
+    known = {"layout": _layout(batch)} if with_layout else {}
     batch.z.grad = None
     with provider.mode():
         criterion.zero_grad(set_to_none=True)
-        metric = criterion.metric_terms(batch.z, batch.labels, mix=batch.metric_mix)
+        metric = criterion.metric_terms(batch.z, batch.labels, mix=batch.metric_mix, **known)
         metric.total.backward()
         for term in ("n_pair", "synthetic", "node_ce"):
             outcome.losses[term] = getattr(metric, term).detach()
-        if not provider.keeps_first_graph:
-            del metric
         _finish_phase("metric", provider, batch, outcome, keep_gradients)
         classifier = criterion.classifier_loss(batch.z, batch.labels)
         classifier.backward()
         outcome.losses["classifier"] = classifier.detach()
         _finish_phase("classifier", provider, batch, outcome, keep_gradients)
-        generator = criterion.generator_terms(batch.z, batch.labels, mix=batch.generator_mix)
+        generator = criterion.generator_terms(batch.z, batch.labels, mix=batch.generator_mix, **known)
         generator.total.backward()
         for term in ("class_ce", "similarity", "diversity"):
             outcome.losses[term] = getattr(generator, term).detach()
@@ -150,9 +167,13 @@ def run_iteration(provider: Provider, batch: Batch, *, keep_gradients: bool = Fa
     return outcome
 
 
-def _finish_phase(
-    phase: str, provider: Provider, batch: Batch, outcome: Outcome, keep_gradients: bool
-) -> None:
+def _layout(batch: Batch) -> Any:
+    import gcng
+
+    return gcng.BatchLayout(batch.labels)
+
+
+def _finish_phase(phase: str, provider: Provider, batch: Batch, outcome: Outcome, keep_gradients: bool) -> None:
     """Keeps copies of the gradients if wanted, and resets those of the parameters."""
     if keep_gradients:
         outcome.gradients |= {f"{phase}/{name}": grad.clone() for name, grad in _used(phase, provider, batch)}
@@ -172,38 +193,48 @@ def _sizes(setting: Setting) -> tuple[int, int, int, int]:
     return setting.embedding_size, setting.training_classes, setting.num_layers, setting.num_heads
 
 
-def _published(name: str, setting: Setting, dtype: torch.dtype) -> Provider:
+def _published(
+    name: str, setting: Setting, weights: dict[str, Tensor], dtype: torch.dtype, device: torch.device | str
+) -> Provider:
     model = PublishedLoss(*_sizes(setting), dropout=setting.dropout).to(dtype)
-    model.load_golden(make_weights(setting))
+    model.load_golden(weights)
+    model.to(device)
     model.j_avg, model.j_gen = J_AVG, J_GEN
-    keeps = name == "published"
-    return Provider(name, model, model.named_golden_parameters(), keeps_first_graph=keeps)
+    parameters = model.named_golden_parameters()
+    if name == "published-compiled":
+        torch.compiler.reset()
+        # What every pair goes through; the rest reads the labels on the host.
+        for layer in range(setting.num_layers):
+            for part in (f"node{layer}", f"edge{layer}"):
+                getattr(model, part).compile(dynamic=False)
+        model.synthesize = torch.compile(model.synthesize, dynamic=False)
+    return Provider(name, model, parameters)
 
 
-def _gcng(name: str, setting: Setting, dtype: torch.dtype) -> Provider:
+def _gcng(
+    name: str, setting: Setting, weights: dict[str, Tensor], dtype: torch.dtype, device: torch.device | str
+) -> Provider:
     import gcng  # here, so that the published formulation is measured in a process without it
+    from benchmarks.providers import without_extension
     from gcng.losses import GCAHNGLoss
 
-    criterion = GCAHNGLoss(*_sizes(setting), dropout=setting.dropout).to(dtype)
-    weights = make_weights(setting)
-    criterion.load_official_state_dict(
-        {official_name(key): value.to(dtype) for key, value in weights.items()}
-    )
+    budget = None
+    if name == "gcng-recompute":
+        budget = next((size for n, size in RECOMPUTE_BUDGETS.items() if setting.samples <= n), None)
+    criterion = GCAHNGLoss(*_sizes(setting), dropout=setting.dropout, memory_budget=budget).to(dtype)
+    criterion.load_official_state_dict({official_name(key): value for key, value in weights.items()})
     criterion.schedule.j_avg, criterion.schedule.j_gen = J_AVG, J_GEN
-    mode = gcng.reference_mode if name == "reference" else nullcontext
-    return Provider(name, criterion, _by_golden_name(criterion, weights, dtype), mode)
+    modes = {"reference": gcng.reference_mode, "gcng-no-extension": without_extension}
+    parameters = _by_golden_name(criterion, weights)
+    return Provider(name, criterion.to(device), parameters, modes.get(name, nullcontext))
 
 
-def _by_golden_name(
-    criterion: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype
-) -> dict[str, nn.Parameter]:
+def _by_golden_name(criterion: nn.Module, weights: dict[str, Tensor]) -> dict[str, nn.Parameter]:
     """Parameters found again by their loaded values, so that no internal name of the criterion matters."""
     found = {}
     for name, parameter in criterion.named_parameters():
         value = parameter.detach()
-        matches = [
-            key for key, w in weights.items() if w.shape == value.shape and torch.equal(w.to(dtype), value)
-        ]
+        matches = [key for key, w in weights.items() if w.shape == value.shape and torch.equal(w, value)]
         if len(matches) != 1:
             raise RuntimeError(
                 f"{type(criterion).__name__}.{name} equals the loaded weights {matches}; expected exactly "

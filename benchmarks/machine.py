@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import re
@@ -9,17 +10,25 @@ import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 
+PEERS = ("triton", "pytorch-metric-learning", "cut-cross-entropy", "liger-kernel", "faiss-cpu")
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def machine() -> dict:
-    """Processor, cores that this process may use, and memory in bytes."""
-    return {
+def machine(device: str = "cpu") -> dict:
+    """Processor, cores that this process may use, memory in bytes; the GPU where that is measured."""
+    found = {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.machine()}",
     }
+    if device.startswith("cuda"):
+        import torch
+
+        properties = torch.cuda.get_device_properties(device)
+        capability = f"{properties.major}.{properties.minor}"
+        found |= {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory, "capability": capability}
+    return found
 
 
 def versions() -> dict:
@@ -29,9 +38,7 @@ def versions() -> dict:
 
     from gcng._version import __version__
 
-    blas = re.search(
-        r"(oneAPI Math Kernel Library|OpenBLAS|Arm Performance Libraries)[^\n]*", torch.__config__.show()
-    )
+    blas = re.search(r"(oneAPI Math Kernel Library|OpenBLAS|Arm Performance Libraries)[^\n]*", torch.__config__.show())
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -39,14 +46,21 @@ def versions() -> dict:
         "gcng": __version__,
         "blas": blas.group(0).strip() if blas else "unknown",
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cuda": torch.version.cuda or "none",
+        **{name: _version(name) for name in PEERS},
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def revision() -> dict:
     """Commit of the source, whether the measured files differ from it, and the time."""
-    changed = _git(
-        "status", "--porcelain", "--", "gcng", "csrc", "kernels", "benchmarks", ":!benchmarks/results"
-    )
+    changed = _git("status", "--porcelain", "--", "gcng", "csrc", "kernels", "benchmarks", ":!benchmarks/results")
     return {
         "commit": _git("rev-parse", "HEAD") or "unknown",
         "modified": bool(changed),
@@ -61,6 +75,8 @@ def load_average() -> float:
 
 def file_name(described: dict) -> str:
     """A file name for results of a machine, e.g. amd-epyc-2-cores.json."""
+    if "gpu" in described:
+        return "-".join(re.findall(r"[a-z0-9]+", described["gpu"].lower())) + ".json"
     model = re.sub(r"\([^)]*\)|CPU|@.*|Processor", " ", described["cpu"])
     words = re.findall(r"[a-z0-9]+", model.lower())
     return "-".join([*words, str(described["cores"]), "cores"]) + ".json"

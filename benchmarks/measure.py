@@ -1,190 +1,241 @@
-"""The full measurement: memory of every provider at every setting, then time, into benchmarks/results.
+"""The measurement: part by part into one results file, the most valuable part first, going on where it stopped.
 
-    python -m benchmarks.measure                 # all settings, about half an hour on two cores
-    python -m benchmarks.measure --smoke --output smoke.json
+    python -m benchmarks.measure                            # what is missing in benchmarks/results/<machine>.json
+    python -m benchmarks.measure --minutes 25               # start nothing new after 25 minutes
+    python -m benchmarks.measure --parts first stages       # some parts; or a row, by the start of its name
+    python -m benchmarks.measure --parts iteration/N160-D512 --force
+    python -m benchmarks.measure --list
+    python -m benchmarks.measure --smoke --json smoke.json
 
-Memory comes first, smallest N first: where the square law predicts more than the machine has, a provider is
-recorded as out of memory with the predicted bytes, and is left out of the timings.
+Rows are written one by one, each after its timings; what the file holds is skipped unless --force is given.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from benchmarks import machine, memory, plan
-from benchmarks.settings import (
-    GEMM_ROWS,
-    MEMORY_PROVIDERS,
-    PROVIDERS,
-    Setting,
-    all_settings,
-    shipped_settings,
-    units_per_pair,
-)
+from benchmarks import machine, plan
+from benchmarks.operations import OPERATIONS
+from benchmarks.plan import Entry
+from benchmarks.results import FOLDER, Results
 
-RESULTS = Path(__file__).parent / "results"
 BUSY = 0.5  # load average above which the machine is not idle
-SMOKE = {"samples": (8,), "embedding_sizes": (16,), "layers": (1,)}
+# Lists of the results file that modules of the same name measure, and the part after which they come.
+LISTS = {"stages": "first", "accuracy": "classes", "overhead": "classes"}
+SMOKE_LISTS = {"stages": "smoke", "accuracy": "smoke", "overhead": "smoke"}
+# Rows that `gcng bench OP` measures: the first ones of the plan that take seconds, on a CPU and on a GPU.
+USER_ROWS, USER_SAMPLES = 3, (160, 4096)
 
 
-def measure_memory(settings: list[Setting], providers: tuple[str, ...], threads: int) -> dict:
-    """Peaks by provider and setting, each from a process of its own."""
-    table: dict[str, dict[Setting, dict]] = {name: {} for name in providers}
-    for setting in settings:
-        for name in providers:
-            known = {s: row["peak_bytes"] for s, row in table[name].items() if row["status"] == "measured"}
-            predicted = None if name == "blocked" else memory.predicted_bytes(setting, known)
-            available = memory.available_bytes()
-            if predicted is not None and predicted > memory.USABLE_SHARE * available:
-                row = {"status": "out of memory", "available_bytes": available}
-            else:
-                row = memory.measure_in_subprocess(name, setting, threads)
-            table[name][setting] = {**row, "predicted_bytes": predicted}
-            _say(f"{setting.name} {name}: {_memory_words(table[name][setting])}")
-    return table
-
-
-def timing_plan(settings: list[Setting], peaks: dict, providers: tuple[str, ...], repeats: int) -> dict:
-    """Providers that fit, and the one that serves as float64 truth: it needs twice its float32 peak."""
-    rows = []
-    for setting in settings:
-        fitting = tuple(name for name in providers if peaks[name][setting]["status"] == "measured")
-        room = memory.USABLE_SHARE * memory.available_bytes() / 2
-        truths = [name for name in fitting if peaks[name][setting]["peak_bytes"] < room]
-        if truths:
-            rows.append((setting, fitting, truths[0]))
-    return plan.dump_plan(rows, repeats)
-
-
-def measure_time(timings: dict, threads: int) -> tuple[dict, str]:
-    """Runs the plan under pytest-benchmark in a process of its own.
-
-    Returns its JSON, and what it said about cases that failed: a setting that does not pass the closeness
-    gate is not timed.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        plan_file, result_file = Path(folder) / "plan.json", Path(folder) / "result.json"
-        plan_file.write_text(json.dumps(timings))
-        command = [
-            *(sys.executable, "-m", "pytest", str(RESULTS.parent / "bench_iteration.py"), "-q", "--tb=short"),
-            *("--plan", str(plan_file), "--threads", str(threads), "-p", "no:cacheprovider", "--timeout=0"),
-            f"--benchmark-json={result_file}",
-        ]
-        done = subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True, check=False)
-        said = done.stdout[-8000:] + done.stderr[-2000:]
-        if done.returncode not in (0, 1) or not result_file.exists():
-            raise RuntimeError(f"the timing run failed with exit code {done.returncode}:\n{said}")
-        return json.loads(result_file.read_text()), said if done.returncode else ""
-
-
-def collect(settings: list[Setting], peaks: dict, timed: dict) -> list[dict]:
-    """One row per setting: what was computed, the yardstick, and time and memory of every provider."""
-    rounds: dict[tuple[Setting, str], list[float]] = {}
-    errors: dict[tuple[Setting, str], float] = {}
-    for entry in timed["benchmarks"]:
-        info = entry["extra_info"]
-        key = (Setting(**info["setting"]), info["provider"])
-        rounds.setdefault(key, []).extend(entry["stats"]["data"])
-        errors[key] = info.get("relative_error")
-    rows = []
-    for setting in settings:
-        row = _setting_row(setting)
-        if (setting, "gemm") in rounds:
-            D = setting.embedding_size
-            shape, spread = [GEMM_ROWS, D, 4 * D], _spread(rounds[setting, "gemm"])
-            row["gemm"] = {"shape": shape, "flops": 2.0 * GEMM_ROWS * D * 4 * D / spread["median"], **spread}
-        for name in peaks:
-            row["providers"][name] = {"memory": peaks[name][setting]}
-            if (setting, name) in rounds:
-                time = {**_spread(rounds[setting, name]), "rounds": rounds[setting, name]}
-                row["providers"][name] |= {"time": time, "relative_error": errors[setting, name]}
-        rows.append(row)
-    return rows
-
-
-def _setting_row(setting: Setting) -> dict:
-    units = {name: units_per_pair(name, setting.num_layers) for name in ("published", "reference", "useful")}
-    sizes = {"batch_classes": setting.batch_classes, "training_classes": setting.training_classes}
-    work = {"units_per_pair": units, "useful_flops": setting.useful_flops()}
-    return {"name": setting.name, "setting": {**setting.as_dict(), **sizes}, **work, "providers": {}}
-
-
-def _spread(values: list[float]) -> dict:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values), "count": len(values)}
-
-
-def _memory_words(row: dict) -> str:
-    if row["status"] == "measured":
-        return f"{row['peak_bytes'] / 1e6:.0f} MB"
-    predicted = f", {row['predicted_bytes'] / 1e9:.1f} GB predicted" if row["predicted_bytes"] else ""
-    return f"{row['status']}{predicted}"
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.measure", description=__doc__.split("\n")[0])
-    parser.add_argument("--samples", type=int, nargs="+", help="N, two samples per class")
-    parser.add_argument("--embedding-sizes", type=int, nargs="+", help="D")
-    parser.add_argument("--layers", type=int, nargs="+", help="L")
-    parser.add_argument("--providers", nargs="+", default=PROVIDERS, choices=PROVIDERS)
-    parser.add_argument(
-        "--dropout", type=float, default=0.0, help="probability of (11); 0 in the shipped results"
-    )
-    parser.add_argument("--repeats", type=int, default=5, help="timed calls of each provider at each setting")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument(
-        "--smoke", action="store_true", help="one tiny size and one repeat: does everything run?"
-    )
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/<machine>.json")
-    return parser.parse_args(arguments)
-
-
-def chosen_settings(options: argparse.Namespace) -> list[Setting]:
-    """The shipped settings, or the grid that the options name."""
+def parts_of(options: argparse.Namespace) -> dict[str, list[Entry]]:
+    """All parts in order, rates and lists included (without entries)."""
     if options.smoke:
-        return all_settings(**SMOKE, dropout=options.dropout)
-    named = {key: getattr(options, key) for key in SMOKE if getattr(options, key) is not None}
-    return all_settings(**named, dropout=options.dropout) if named else shipped_settings(options.dropout)
+        rows, lists = plan.smoke_plan(), SMOKE_LISTS
+    else:
+        rows, lists = (plan.gpu_plan() if options.device.startswith("cuda") else plan.cpu_plan()), LISTS
+    ordered: dict[str, list[Entry]] = {"rates": []}
+    for name, entries in rows.items():
+        ordered[name] = entries
+        ordered |= {each: [] for each, after in lists.items() if after == name}
+    return ordered | {each: [] for each in lists}
+
+
+def chosen(parts: dict[str, list[Entry]], names: list[str] | None) -> dict[str, list[Entry]]:
+    """The parts, or the rows, that names say; ValueError for a name that is neither."""
+    if not names:
+        return parts
+    found: dict[str, list[Entry]] = {}
+    for name in names:
+        if name in parts:
+            found[name] = parts[name]
+            continue
+        rows = [entry for entries in parts.values() for entry in entries if entry.name.startswith(name)]
+        if not rows:
+            raise ValueError(f"--parts {name}: neither a part ({', '.join(parts)}) nor the start of a row's name")
+        found[name] = rows
+    return found
+
+
+def unfinished(entries: list[Entry], results: Results, force: bool) -> list[Entry]:
+    """Entries whose row is missing or not complete."""
+    if force:
+        return entries
+    done = {row["name"] for row in results.data["rows"] if row["complete"]}
+    return [entry for entry in entries if entry.name not in done]
+
+
+class Run:
+    """One run of the command: its options, its file and the time that it has."""
+
+    def __init__(self, options: argparse.Namespace, path: Path) -> None:
+        self.options, self.path = options, path
+        self.deadline = time.time() + 60 * options.minutes if options.minutes else float("inf")
+        self.failures: list[str] = []
+
+    def part(self, name: str, entries: list[Entry]) -> None:
+        """Measure what is missing of a part."""
+        results = Results.open(self.path, self.options.device)
+        if name == "rates" or name in LISTS:
+            key = "rates" if name == "rates" else name
+            if self.options.force or not results.data[key]:
+                self._module(f"benchmarks.{'rates' if name == 'rates' else name}")
+            return
+        wanted = unfinished(entries, results, self.options.force)
+        if self.options.force:
+            results.data["rows"] = [r for r in results.data["rows"] if r["name"] not in {e.name for e in wanted}]
+            results.save()
+        self._rows(wanted)
+
+    def _rows(self, entries: list[Entry]) -> None:
+        """One process for all rows; another one for the rest where it was killed."""
+        while entries and time.time() < self.deadline:
+            say(f"{entries[0].name} and {len(entries) - 1} more")
+            code, output = self._pytest(entries)
+            results = Results.open(self.path, self.options.device)
+            if code in (0, 1):
+                if code:
+                    self.failures.append(output[-4000:])
+                return
+            running = next((row for row in results.data["rows"] if row.get("running") and not row["complete"]), None)
+            if running is None:
+                raise RuntimeError(f"timing ended with exit code {code}:\n{output[-4000:]}")
+            blame(running, code)
+            results.save()
+            entries = unfinished(entries, results, force=False)
+
+    def _pytest(self, entries: list[Entry]) -> tuple[int, str]:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "plan.json"
+            file.write_text(json.dumps(plan.dump(entries)))
+            operations = dict.fromkeys(entry.operation for entry in entries)
+            files = [str(FOLDER.parent / f"bench_{name}.py") for name in operations]
+            command = [
+                *(sys.executable, "-m", "pytest", *files, "-q"),
+                *("-p", "no:cacheprovider", "--tb=short", "--benchmark-columns=median", "--benchmark-sort=name"),
+                *("-o", "timeout=0", "--plan", str(file), "--results", str(self.path), "--on", self.options.device),
+                *("--threads", str(self.options.threads), "--deadline", str(self.deadline)),
+                *("--truth-flops", str(1e13 if self.options.device.startswith("cuda") else 5e12)),
+            ]
+            done = subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True, check=False)
+            return done.returncode, done.stdout + done.stderr
+
+    def _module(self, module: str) -> None:
+        """Rates and lists: one process each."""
+        if time.time() > self.deadline:
+            return
+        say(module.removeprefix("benchmarks."))
+        command = [sys.executable, "-m", module, "--results", str(self.path), "--device", self.options.device]
+        command += ["--threads", str(self.options.threads), *(["--smoke"] if self.options.smoke else [])]
+        done = subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True, check=False)
+        if done.returncode:
+            self.failures.append(f"{' '.join(command[1:])}:\n{(done.stdout + done.stderr)[-4000:]}")
+
+
+def blame(row: dict, code: int) -> None:
+    """Write down the provider that was running when the process was killed."""
+    name = row.pop("running")
+    words = f"the process was killed (exit code {code})"
+    row["providers"][name] = row["providers"].get(name, {}) | {"status": "killed", "reason": words}
+
+
+def say(line: str) -> None:
+    """A line of progress."""
+    print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
+
+
+def results_path(options: argparse.Namespace) -> Path:
+    """Where to write: --json, or the file of this machine."""
+    return (options.json or FOLDER / machine.file_name(machine.machine(options.device))).absolute()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options, shared with ``gcng bench``."""
+    parser.add_argument("--parts", nargs="+", metavar="PART", help="parts, or starts of rows' names; see --list")
+    parser.add_argument("--minutes", type=float, help="start nothing new after so many minutes")
+    parser.add_argument("--force", action="store_true", help="measure again what the file already holds")
+    parser.add_argument(
+        "--list", action="store_true", help="print parts and rows, and whether they are done; measure nothing"
+    )
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, one round: does everything run?")
+    parser.add_argument("--device", default="cpu", help="cpu, or a CUDA device; default cpu")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch; default 2")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="results file; default benchmarks/results/<machine>.json"
+    )
+
+
+def listing(parts: dict[str, list[Entry]], results: Results) -> Iterator[str]:
+    """Lines of --list."""
+    done = {row["name"] for row in results.data["rows"] if row["complete"]}
+    for name, entries in parts.items():
+        if not entries:
+            yield f"{name}: {'done' if results.data.get(name) else 'missing'}"
+        for entry in entries:
+            yield f"{name}: {entry.name}: {'done' if entry.name in done else 'missing'}"
+
+
+def options_for(op: str | None, path: Path, **given: object) -> argparse.Namespace:
+    """Options for one op at the settings of the parts "smoke" or "ops", or for everything.
+
+    Raises:
+        ValueError: an unknown op.
+    """
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    options = parser.parse_args([])
+    for name, value in {**given, "json": path}.items():
+        setattr(options, name, value)
+    if op is not None:
+        rows = [entry for entries in parts_of(options).values() for entry in entries if entry.operation == op]
+        if not rows:
+            raise ValueError(f"op is {op!r}; it must be one of {', '.join(OPERATIONS)}")
+        first = [entry for entry in rows if entry.setting.samples <= USER_SAMPLES[options.device.startswith("cuda")]]
+        options.parts = ["rates", *(entry.name for entry in first[:USER_ROWS])]
+    return options
+
+
+def measure(options: argparse.Namespace, announce: Callable[[object], None] = print) -> int:
+    """Measure what is missing; returns 1 where something failed."""
+    path = results_path(options)
+    results = Results.open(path, options.device)
+    parts = chosen(parts_of(options), options.parts)
+    if options.list:
+        print("\n".join(listing(parts, results)))
+        return 0
+    load = machine.load_average()
+    if load > BUSY:
+        say(f"warning: the load average is {load:.1f}; times of a busy machine say little about the providers")
+    results.data["protocol"] |= {"threads": options.threads, "device": options.device}
+    results.data["versions"] = machine.versions()
+    results.save()
+    run = Run(options, path)
+    for name, entries in parts.items():
+        run.part(name, entries)
+    announce(path)
+    for failure in run.failures:
+        say(f"failed and is not measured:\n{failure}")
+    return 1 if run.failures else 0
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measures, writes the results file and says where it is; exit status 1 if a setting was refused."""
-    options = parse(arguments)
-    repeats = 1 if options.smoke else options.repeats
-    settings, providers = chosen_settings(options), tuple(options.providers)
-    described = {"machine": machine.machine(), "versions": machine.versions(), **machine.revision()}
-    measured = tuple(n for n in MEMORY_PROVIDERS if n.removesuffix("-freed") in providers)
-    load = machine.load_average()
-    if load > BUSY:
-        _say(
-            f"warning: the load average is {load:.1f}; times of a busy machine say little about the providers"
-        )
-    peaks = measure_memory(settings, measured, options.threads)
-    timed, failures = measure_time(timing_plan(settings, peaks, providers, repeats), options.threads)
-    protocol = {
-        "threads": options.threads,
-        "dtype": "float32",
-        "dropout": options.dropout,
-        "repeats": repeats,
-    }
-    results = {"format": 1, **described, "protocol": protocol, "rows": collect(settings, peaks, timed)}
-    output = options.output or RESULTS / machine.file_name(described["machine"])
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(results, indent=1) + "\n")
-    print(output)
-    if failures:
-        _say(f"some cases failed and were not timed:\n{failures}")
-    return 1 if failures else 0
+    """The command line; exit status 1 if something failed, 2 for a wrong option."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.measure", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(parser)
+    options = parser.parse_args(arguments)
+    try:
+        return measure(options)
+    except ValueError as error:
+        say(str(error))
+        return 2
 
 
 if __name__ == "__main__":

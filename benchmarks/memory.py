@@ -1,32 +1,33 @@
-"""Peak memory of one iteration above the interpreter, in a process of its own.
+"""Peak memory of one call, above what the process had before: resident set on the CPU, allocations on a GPU.
 
-    python -m benchmarks.memory --provider blocked --samples 160 --embedding-size 512 --layers 1
-
-prints one JSON object. The process imports everything, runs a tiny warm-up iteration, notes its resident set,
-resets the kernel's high-water mark where that is permitted, makes weights and inputs, runs ONE iteration, and
-reads the high-water mark. The peak above the interpreter is the difference, weights and gradients included.
+On the CPU every number comes from a process of its own, forked from a server that has imported everything and computed
+nothing. It runs a tiny call, notes its resident set, resets the kernel's high-water mark where that is permitted, makes
+weights and inputs, runs ONE call, and reads the high-water mark. Weights, inputs and gradients are in the difference.
 `ru_maxrss` is not used: a child process inherits the value of the parent that started it.
 """
 
 from __future__ import annotations
 
-import argparse
+import functools
 import gc
-import json
-import subprocess
-import sys
+import multiprocessing
+from multiprocessing.connection import Connection
 from pathlib import Path
 
-from benchmarks.settings import MEMORY_PROVIDERS, Setting
+import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-WARM_UP = {"embedding_size": 16, "samples": 8}
+from benchmarks import operations
+from benchmarks.operations import Operation, Unavailable
+from benchmarks.settings import Setting
+
 # A row is not started when it is predicted to need more than this share of the available memory.
 USABLE_SHARE = 0.9
 
 
-def available_bytes() -> int:
-    """Memory that a new process can take: the kernel's estimate, or what a cgroup limit leaves."""
+def available_bytes(device: torch.device | str = "cpu") -> int:
+    """Memory that a new process can take: the kernel's estimate, or what a cgroup limit leaves; a GPU's free memory."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     available = _meminfo("MemAvailable")
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.exists() and used.exists() and limit.read_text().strip() != "max":
@@ -34,54 +35,106 @@ def available_bytes() -> int:
     return available
 
 
-def predicted_bytes(setting: Setting, measured: dict[Setting, int]) -> int | None:
-    """Peak of a dense provider from its measured peak at the largest smaller N, times the growth of N^2."""
-    smaller = [
-        other
-        for other in measured
-        if other.samples < setting.samples
-        and (other.embedding_size, other.num_layers) == (setting.embedding_size, setting.num_layers)
-    ]
-    if not smaller:
+def predicted_bytes(operation: Operation, setting: Setting, measured: dict[Setting, int]) -> int | None:
+    """Peak of a dense provider from its measured peaks: that of the nearest smaller size, times what grows.
+
+    None where no setting was measured that has the same number of layers.
+    """
+    grows = {s: operation.growth(s) for s in measured if s.num_layers == setting.num_layers and s != setting}
+    if not grows:
         return None
-    largest = max(smaller, key=lambda other: other.samples)
-    return round(measured[largest] * (setting.samples / largest.samples) ** 2)
+    wanted = operation.growth(setting)
+    smaller = [s for s in grows if grows[s] <= wanted] or list(grows)
+    # The same width first, then the nearest size.
+    nearest = min(smaller, key=lambda s: (s.embedding_size != setting.embedding_size, abs(grows[s] - wanted)))
+    return round(measured[nearest] * wanted / grows[nearest])
 
 
-def measure_in_subprocess(provider: str, setting: Setting, threads: int) -> dict:
-    """Runs this module for one provider and setting; the status says whether it finished."""
-    command = [
-        *(sys.executable, "-m", "benchmarks.memory", "--provider", provider, "--threads", str(threads)),
-        *("--samples", str(setting.samples), "--embedding-size", str(setting.embedding_size)),
-        *("--layers", str(setting.num_layers), "--dropout", str(setting.dropout)),
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode == 0:
-        return {"status": "measured", **json.loads(done.stdout)}
-    if done.returncode == -9:
+def measure(
+    operation: str, provider: str, setting: Setting, precision: str, device: str = "cpu", threads: int = 2
+) -> dict:
+    """One row: status "measured" with its bytes, "killed", or "unavailable" and "failed" with a reason."""
+    if torch.device(device).type == "cuda":
+        return _measure_on_gpu(operation, provider, setting, precision, device)
+    receiver, sender = _context().Pipe(duplex=False)
+    arguments = (sender, operation, provider, setting, precision, threads)
+    process = _context().Process(target=_measure_here, args=arguments, daemon=True)
+    process.start()
+    sender.close()
+    try:
+        row = receiver.recv()
+    except EOFError:
+        row = None
+    process.join()
+    if row is not None:
+        return row
+    if process.exitcode == -9:
         return {"status": "killed"}
-    raise RuntimeError(f"{' '.join(command[1:])} failed with exit code {done.returncode}:\n{done.stderr}")
+    raise RuntimeError(
+        f"the process that measures memory of {operation} {setting.name} {provider} ended with {process.exitcode}"
+    )
 
 
-def measure_here(provider: str, setting: Setting, threads: int) -> dict:
-    """Measures in this process, which must be fresh. Linux only (reads /proc)."""
-    import torch
+@functools.cache
+def _context() -> multiprocessing.context.ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.memory", *(f"benchmarks.bench_{n}" for n in operations.OPERATIONS)])
+    return context
 
-    from benchmarks.iteration import make_batch, make_provider, run_iteration
 
+def _measure_here(sender: Connection, name: str, provider: str, setting: Setting, precision: str, threads: int) -> None:
+    """The child: must be a fresh process. Linux only (reads /proc)."""
     torch.set_num_threads(threads)
-    warm_up = Setting(num_layers=1, **WARM_UP)
-    run_iteration(make_provider(provider, warm_up), make_batch(warm_up))
+    operation = operations.load(name)
+    try:
+        operation.prepare(provider, operation.tiny, precision).run()
+        gc.collect()
+        before = _own_status("VmRSS")
+        reset = _reset_high_water_mark()
+        operation.prepare(provider, setting, precision).run()
+        peak = _own_status("VmHWM")
+    except Unavailable as reason:
+        sender.send({"status": "unavailable", "reason": str(reason)})
+        return
+    except Exception as error:
+        sender.send({"status": "failed", "reason": one_line(error)})
+        return
+    sender.send(
+        {
+            "status": "measured",
+            "peak_bytes": peak - before,
+            "interpreter_bytes": before,
+            "high_water_mark_reset": reset,
+        }
+    )
+
+
+def _measure_on_gpu(name: str, provider: str, setting: Setting, precision: str, device: str) -> dict:
+    operation = operations.load(name)
     gc.collect()
-    before = _own_status("VmRSS")
-    reset = _reset_high_water_mark()
-    target, batch = make_provider(provider, setting), make_batch(setting)
-    outcome = run_iteration(target, batch)
-    finite = all(bool(torch.isfinite(loss)) for loss in outcome.losses.values())
-    if not finite:
-        raise RuntimeError(f"benchmarks.memory: a loss of {provider} at {setting.name} is not finite")
-    peak = _own_status("VmHWM")
-    return {"peak_bytes": peak - before, "interpreter_bytes": before, "high_water_mark_reset": reset}
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    try:
+        ready = operation.prepare(provider, setting, precision, device)
+        with ready.mode():
+            outputs = ready.form.forward()
+            if ready.differentiates:
+                ready.gradients(outputs[0])
+        torch.cuda.synchronize(device)
+    except torch.OutOfMemoryError:
+        return {"status": "out of memory", "available_bytes": available_bytes(device)}
+    except Unavailable as reason:
+        return {"status": "unavailable", "reason": str(reason)}
+    except Exception as error:
+        return {"status": "failed", "reason": one_line(error)}
+    return {"status": "measured", "peak_bytes": torch.cuda.max_memory_allocated(device) - before}
+
+
+def one_line(error: BaseException) -> str:
+    """Type and first line of an error, for a row."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:160] if lines else ''}"
 
 
 def _reset_high_water_mark() -> bool:
@@ -105,21 +158,3 @@ def _kilobytes(path: Path, key: str) -> int:
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"{path} has no line {key}; measurements of memory need Linux")
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Command line of the child process."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__.split("\n")[0])
-    parser.add_argument("--provider", choices=MEMORY_PROVIDERS, required=True)
-    parser.add_argument("--samples", type=int, required=True, help="N, with two samples per class")
-    parser.add_argument("--embedding-size", type=int, required=True, help="D")
-    parser.add_argument("--layers", type=int, default=1, help="L")
-    parser.add_argument("--dropout", type=float, default=0.0)
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args(arguments)
-    setting = Setting(options.layers, options.embedding_size, options.samples, dropout=options.dropout)
-    print(json.dumps(measure_here(options.provider, setting, options.threads)))
-
-
-if __name__ == "__main__":
-    main()

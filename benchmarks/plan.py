@@ -1,58 +1,192 @@
-"""The order of the timings: providers take turns within a setting, so that a slow minute hits all of them."""
+"""What is measured, in which order: parts of settings and providers, and the cases that a session times in turn.
+
+The most valuable comes first, because a run may be bounded in time. Providers take turns within a setting, so that a
+slow minute hits all of them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
-from benchmarks.settings import PROVIDERS, Setting
+from benchmarks import operations
+from benchmarks.results import row_name
+from benchmarks.settings import Setting, sweep, unique
 
-DEFAULT_REPEATS = 3
+DENSE = ("published", "reference")
+OURS = ("gcng", "gcng-no-extension")
+PLAIN = ("pml n-pairs", "pml multi-similarity, memory")
+COMPILING = ("flex_attention", "cut-cross-entropy")  # peers that go through torch.compile on a CPU
+SAMPLES = (40, 80, 160, 320, 640)
+EMBEDDING_SIZES = (64, 128, 512)
+CLASSES = (100, 1000, 11_318, 100_000)
+MODELS = tuple(name for name in operations.OPERATIONS if name != "iteration")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One operation at one setting, by some providers.
+
+    Args:
+        providers: names, or () for all that the operation has but the compiled ones.
+        rounds: timed calls of each provider at most; seconds: after which no further round starts (two always run).
+    """
+
+    operation: str
+    setting: Setting
+    providers: tuple[str, ...] = ()
+    precision: str = "float32"
+    rounds: int = 9
+    seconds: float = 15.0
+
+    @property
+    def name(self) -> str:
+        """Name of its row."""
+        return row_name(self.operation, self.setting, self.precision)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One timed call: a provider ("gemm" is the yardstick product) at a setting, in one round.
+    """One timed call of a provider; ``round`` counts the turns, ``entry`` says what takes turns with it."""
 
-    `providers` are all providers of the setting that fit in memory, `truth` is the one that runs in float64
-    for the closeness gate.
-    """
-
-    setting: Setting
+    entry: Entry
     provider: str
     round: int
-    providers: tuple[str, ...]
-    truth: str
 
     def identifier(self) -> str:
         """The test id."""
-        return f"{self.setting.name}-{self.provider}-{self.round}"
+        return f"{self.entry.setting.name}-{self.entry.precision}-{self.provider.replace(' ', '_')}-{self.round}"
 
 
-def cases_of(setting: Setting, providers: Iterable[str], truth: str, repeats: int) -> list[Case]:
-    """All timed calls of a setting, interleaved."""
-    fitting = tuple(providers)
-    turns = (*fitting, "gemm")
-    return [Case(setting, name, turn, fitting, truth) for turn in range(repeats) for name in turns]
+def providers_of(entry: Entry) -> tuple[str, ...]:
+    """The providers of an entry, in the operation's order."""
+    known = operations.load(entry.operation).providers
+    if entry.providers:
+        return tuple(name for name in known if name in entry.providers)
+    return tuple(name for name in known if not name.endswith("-compiled"))
 
 
-def default_plan() -> list[Case]:
-    """What `pytest benchmarks` runs without a plan: one small setting."""
-    return cases_of(Setting(1, 128, 80), PROVIDERS, "published", DEFAULT_REPEATS)
-
-
-def dump_plan(settings: list[tuple[Setting, tuple[str, ...], str]], repeats: int) -> dict:
-    """A plan as JSON: per setting the providers that fit and the provider of the truth."""
-    rows = [
-        {"setting": s.as_dict(), "providers": list(names), "truth": truth} for s, names, truth in settings
-    ]
-    return {"repeats": repeats, "settings": rows}
-
-
-def load_plan(plan: dict) -> list[Case]:
-    """The cases of a plan written by `dump_plan`."""
+def cases_of(entries: Iterable[Entry]) -> list[Case]:
+    """All timed calls, interleaved within each entry."""
     return [
-        case
-        for row in plan["settings"]
-        for case in cases_of(Setting(**row["setting"]), row["providers"], row["truth"], plan["repeats"])
+        Case(entry, name, turn) for entry in entries for turn in range(entry.rounds) for name in providers_of(entry)
+    ]
+
+
+def default_entries(operation: str) -> list[Entry]:
+    """What `pytest benchmarks` measures without a plan: one small setting."""
+    return [Entry(operation, operations.load(operation).small, rounds=3)]
+
+
+def _iterations(settings: Iterable[Setting], providers=(*DENSE, *OURS), **options) -> list[Entry]:
+    return [Entry("iteration", s, tuple(providers), **options) for s in settings]
+
+
+def cpu_plan() -> dict[str, list[Entry]]:
+    """Parts of the CPU measurement by name, most valuable first."""
+    narrow, base, wide = Setting(1, 64, 160), Setting(1, 128, 160), Setting(1, 512, 160)
+    every, compiled = (*DENSE, *OURS, *PLAIN), ("published", "published-compiled", "reference", *OURS)
+    scaled = sweep(base, embedding_size=(64, 256), num_layers=(2, 3), samples_per_class=(4, 8))
+    known = {
+        "first": [Entry("iteration", wide, every, rounds=5, seconds=45)],
+        "wall": [
+            *_iterations([replace(base, samples=80)], compiled),
+            *_iterations(sweep(base, samples=SAMPLES)),
+            *_iterations(sweep(wide, samples=(80, 40, 320)), seconds=30),
+        ],
+        "ops": [Entry(name, setting, _everything(name)) for setting in (wide, base) for name in MODELS],
+        "classes": [
+            *(Entry("class_cross_entropy", s, seconds=10) for s in sweep(Setting(1, 128, 1024), classes=CLASSES)),
+            *_iterations(sweep(replace(base, samples=80), classes=CLASSES[1:])),
+        ],
+        "scaling": _iterations(scaled, OURS, seconds=8),
+        "grid": [
+            *(Entry(name, s, seconds=5) for name in MODELS for s in sweep(base, samples=SAMPLES)),
+            *_iterations(sweep(narrow, samples=SAMPLES), seconds=5),
+            *(Entry(name, s, seconds=4) for name in MODELS for s in sweep(narrow, samples=SAMPLES)),
+        ],
+        "large": [
+            Entry("retrieval", Setting(1, 128, 16_384)),
+            *_iterations([replace(base, samples=1024)], (*DENSE, "gcng"), rounds=2),
+            *_iterations([replace(wide, samples=640)], (*DENSE, "gcng"), rounds=2),
+            *(Entry(name, s, rounds=3, seconds=4) for name in MODELS for s in sweep(wide, samples=SAMPLES)),
+        ],
+    }
+    return _each_once(known)
+
+
+def gpu_plan() -> dict[str, list[Entry]]:
+    """Parts of the GPU measurement by name: the table of the targets first."""
+    base = Setting(1, 512, 1024)
+    ours = {"precision": "bfloat16", "seconds": 10.0}
+    wall = [Setting(1, 512, n) for n in (80, 256, 512)]
+    known = {
+        "first": _iterations([base], OURS, **ours),
+        "targets": [
+            *_iterations([Setting(1, 512, 4096)], ("gcng", "gcng-recompute"), **ours),
+            *_iterations([Setting(1, 512, n) for n in (2048, 8192)], ("gcng",), **ours),
+            *_iterations([Setting(1, 512, 4096, classes=11_318)], ("gcng",), **ours),
+            *_iterations([Setting(1, 512, 80)], (*DENSE, "gcng"), **ours),
+            Entry("class_cross_entropy", Setting(1, 512, 32_768, classes=131_072), _fused(), **ours),
+        ],
+        "wall": [
+            *_iterations(wall, (*DENSE, "gcng"), precision="tf32"),
+            *_iterations(wall, (*DENSE, "gcng"), precision="float32"),
+            *_iterations(wall, ("gcng",), **ours),
+            *_iterations([Setting(1, 512, 16_384)], ("gcng-recompute",), rounds=2, **ours),
+        ],
+        "ops": [
+            Entry(name, setting, precision="bfloat16", seconds=5)
+            for name in MODELS
+            for setting in (Setting(1, 512, 256), Setting(1, 512, 1024))
+        ],
+        "scaling": _iterations(
+            sweep(base, embedding_size=(128, 256, 384, 768, 1024), num_layers=(2,), samples_per_class=(4, 8)),
+            OURS,
+            **ours,
+        ),
+    }
+    return _each_once(known)
+
+
+def smoke_plan() -> dict[str, list[Entry]]:
+    """Every operation at its tiny size, one round, without what has to be compiled first: does everything run?"""
+    return {
+        "smoke": [
+            Entry(name, operations.load(name).tiny, _not_compiled(name), rounds=1) for name in operations.OPERATIONS
+        ]
+    }
+
+
+def _not_compiled(operation: str) -> tuple[str, ...]:
+    names = operations.load(operation).providers
+    return tuple(name for name in names if not name.endswith("-compiled") and name not in COMPILING)
+
+
+def _everything(operation: str) -> tuple[str, ...]:
+    return tuple(operations.load(operation).providers)
+
+
+def _fused() -> tuple[str, ...]:
+    return ("gcng", "gcng-no-extension", "chunked torch", "cut-cross-entropy", "liger")
+
+
+def _each_once(parts: dict[str, list[Entry]]) -> dict[str, list[Entry]]:
+    """A row belongs to the first entry that names it."""
+    first: dict[str, Entry] = {}
+    for entries in parts.values():
+        for entry in entries:
+            first.setdefault(entry.name, entry)
+    return {part: [one for one in unique(entries) if first[one.name] is one] for part, entries in parts.items()}
+
+
+def dump(entries: Iterable[Entry]) -> list[dict]:
+    """Entries as JSON."""
+    return [asdict(entry) for entry in entries]
+
+
+def load(stored: Iterable[dict]) -> list[Entry]:
+    """Entries written by `dump`."""
+    return [
+        Entry(**{**one, "setting": Setting(**one["setting"]), "providers": tuple(one["providers"])}) for one in stored
     ]

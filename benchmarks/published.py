@@ -195,7 +195,7 @@ class PublishedLoss(nn.Module):
         n_pair = self._n_pair(z, labels, M)
         plain = self._synthetic_n_pair(z, synthetic, M)
         weighted = (1 - math.exp(-self.constants.beta / self.j_gen)) * plain
-        node_ce = nnf.cross_entropy(graph.node_logits, labels)
+        node_ce = nnf.cross_entropy(graph.node_logits, labels.to(z.device))
         return SimpleNamespace(
             n_pair=n_pair,
             synthetic=weighted,
@@ -207,7 +207,7 @@ class PublishedLoss(nn.Module):
 
     def classifier_loss(self, z: Tensor, labels: Tensor) -> Tensor:
         """Formula (23), z constant."""
-        return 10 * nnf.cross_entropy(self.scls(z.detach()), labels)
+        return 10 * nnf.cross_entropy(self.scls(z.detach()), labels.to(z.device))
 
     def generator_terms(self, z: Tensor, labels: Tensor, *, mix: Tensor) -> SimpleNamespace:
         """Formulas (24)-(27) on a graph of its own, z constant: total (), its parts, and the graph."""
@@ -215,7 +215,7 @@ class PublishedLoss(nn.Module):
         graph = self.build_graph(z, labels)
         synthetic = self.synthesize(z, graph.gate, mix, M)
         rows = synthetic.reshape(-1, z.shape[1])
-        targets = labels[:M].repeat(z.shape[0])
+        targets = labels[:M].to(z.device).repeat(z.shape[0])
         class_ce = constants.softmax_factor * nnf.cross_entropy(self.scls(rows), targets)
         similarity = self._similarity(z, synthetic, M)
         spread = ((graph.gate - graph.gate.mean(dim=1, keepdim=True)) ** 2).sum() / z.shape[0] ** 2
@@ -235,7 +235,7 @@ class PublishedLoss(nn.Module):
         groups, group_labels = z.split(M), labels.split(M)
         losses = []
         for candidates, candidate_labels in zip(groups[1:], group_labels[1:], strict=True):
-            same = (group_labels[0][:, None] == candidate_labels[None]).to(z.dtype)
+            same = (group_labels[0][:, None] == candidate_labels[None]).to(z)
             target = same / same.sum(dim=1, keepdim=True)
             losses.append(nnf.cross_entropy(groups[0] @ candidates.T, target))
         return torch.stack(losses).mean() + 0.25 * self.constants.l2_reg * z.square().sum() / M

@@ -1,26 +1,20 @@
-"""What is measured: the sizes, and the floating-point operations that each provider needs for them."""
+"""Sizes of a measurement, the grids that are shipped, and the operations that a formulation needs for them."""
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 
-SAMPLES = (80, 160, 320)
-EMBEDDING_SIZES = (128, 512)
-LAYERS = (1, 2)
-LARGE_SAMPLES, LARGE_EMBEDDING_SIZE = 1024, 128  # one size that no dense form reaches
 TRAINING_CLASSES = 100
-PROVIDERS = ("published", "reference", "blocked")
-# The published formulation without the graph that its first phase leaves alive; measured for memory only.
-MEMORY_PROVIDERS = ("published", "published-freed", "reference", "blocked")
-GEMM_ROWS = (
-    1024  # rows of the yardstick product (GEMM_ROWS, D) @ (D, 4 D): a panel of pairs times the edge MLP
-)
 
 
 @dataclass(frozen=True, order=True)
 class Setting:
-    """One size of the benchmark: N samples in classes of K, embedding width D, L layers."""
+    """One size: N samples in classes of K, embedding width D, L layers, H heads, C training classes.
+
+    `classes` 0 means max(100, M). An op uses what it has: for `class_cross_entropy` N are rows, for `retrieval` rows
+    of the gallery, all of which are queries.
+    """
 
     num_layers: int
     embedding_size: int
@@ -28,6 +22,7 @@ class Setting:
     samples_per_class: int = 2
     num_heads: int = 2
     dropout: float = 0.0
+    classes: int = 0
 
     def __post_init__(self) -> None:
         if self.samples % self.samples_per_class:
@@ -38,8 +33,10 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """The setting in words that fit a test id."""
-        return f"N{self.samples}-D{self.embedding_size}-L{self.num_layers}"
+        """The setting in words that fit a test id; K and C only where they are not the usual ones."""
+        extra = f"-K{self.samples_per_class}" if self.samples_per_class != 2 else ""
+        extra += f"-C{self.classes}" if self.classes else ""
+        return f"N{self.samples}-D{self.embedding_size}-L{self.num_layers}{extra}"
 
     @property
     def batch_classes(self) -> int:
@@ -49,7 +46,7 @@ class Setting:
     @property
     def training_classes(self) -> int:
         """C, the classes of the training set: at least those of the batch."""
-        return max(TRAINING_CLASSES, self.batch_classes)
+        return max(self.classes or TRAINING_CLASSES, self.batch_classes)
 
     @property
     def unordered_pairs(self) -> int:
@@ -60,23 +57,31 @@ class Setting:
         """The fields, for a results file."""
         return asdict(self)
 
+    def pair_flops(self, formulation: str = "useful") -> float:
+        """Floating-point operations of an iteration's maps over edges."""
+        units = units_per_pair(formulation, self.num_layers)
+        return units * float(self.embedding_size**2) * self.unordered_pairs
+
+    def classifier_flops(self) -> float:
+        """Operations of (24) on the N M synthetic rows: logits, and two gradients of the same size."""
+        rows = self.samples * self.batch_classes
+        return 6.0 * rows * self.training_classes * self.embedding_size
+
     def useful_flops(self) -> float:
-        """Floating-point operations of an iteration that no formulation over unordered pairs leaves out."""
-        per_pair = units_per_pair("useful", self.num_layers) * float(self.embedding_size**2)
-        return per_pair * self.unordered_pairs
+        """Operations of an iteration that no formulation over unordered pairs leaves out; nothing recomputed."""
+        return self.pair_flops() + self.classifier_flops()
 
 
-def shipped_settings(dropout: float = 0.0) -> list[Setting]:
-    """The settings of the shipped results: the full grid, and one large N."""
-    return [*all_settings(dropout=dropout), Setting(1, LARGE_EMBEDDING_SIZE, LARGE_SAMPLES, dropout=dropout)]
+def sweep(base: Setting, **values: Iterable[int]) -> Iterator[Setting]:
+    """The base with one field at a time set to each of its values."""
+    for name, choices in values.items():
+        for choice in choices:
+            yield replace(base, **{name: choice})
 
 
-def all_settings(
-    samples=SAMPLES, embedding_sizes=EMBEDDING_SIZES, layers=LAYERS, dropout=0.0
-) -> list[Setting]:
-    """The full grid, smallest N first within each (D, L), so that peaks of larger ones can be predicted."""
-    grid = itertools.product(sorted(embedding_sizes), sorted(layers), sorted(samples))
-    return [Setting(L, D, N, dropout=dropout) for D, L, N in grid]
+def unique(settings: Iterable[Setting]) -> list[Setting]:
+    """Every setting once, in the order of its first appearance."""
+    return list(dict.fromkeys(settings))
 
 
 def units_per_pair(formulation: str, num_layers: int) -> int:
@@ -108,3 +113,21 @@ def units_per_pair(formulation: str, num_layers: int) -> int:
     metric_backward = 2 * num_layers + 2 * edge_layer * (num_layers - 1)
     generator_backward = 2 * forward - 1 - edge_query
     return operations * (2 * forward + metric_backward + generator_backward)
+
+
+def executed_generator_units(num_layers: int, *, stash_edges: bool, stash_hidden: bool, stash_small: bool) -> int:
+    """Operations of the pair products that gcng's generator phase EXECUTES, as `units_per_pair` counts them.
+
+    What a memory plan does not keep is computed again: messages and gates (2 each), an edge layer (16). Backward: 2 for
+    each gradient of a map of width D, 32 for those of an edge layer; the first edges are constants. Without any stash
+    layer l is evaluated for the messages of every layer above it, for the statistics and for the gates; its backward
+    runs for every layer of messages above it and twice, forward part only, for the head.
+    """
+    layers = range(num_layers)
+    gradients = 4 + 2 * num_layers + 2 * (num_layers - 1)
+    if not stash_edges:
+        forward = 32 * num_layers + 2 + sum(16 * layer + 2 for layer in layers)
+        again = 2 * (16 * num_layers + 2) + sum(16 * layer + 2 for layer in layers)
+        return forward + again + gradients + 32 * num_layers + sum(32 * layer for layer in layers)
+    again = (0 if stash_hidden else 16 * num_layers) + (0 if stash_small else 2 * num_layers + 2)
+    return 18 * num_layers + 2 + again + gradients + 32 * num_layers

@@ -1,31 +1,27 @@
-"""The benchmark harness at tiny sizes: its gate, its plan, its tables. Nothing here depends on a timing."""
+"""The benchmark harness at tiny sizes: sizes, gate, plan, memory, restarts. Nothing here depends on a timing."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import machine, measure, memory, plan, preparation, tables
-from benchmarks.gate import assert_providers_close, float64_truth
+from benchmarks import bench_iteration, machine, measure, memory, operations, plan, preparation
+from benchmarks.gate import assert_gcng_close, assert_same_formula, iteration_arrays
 from benchmarks.iteration import make_batch, make_provider, make_weights, official_name, run_iteration
-from benchmarks.settings import (
-    GEMM_ROWS,
-    MEMORY_PROVIDERS,
-    Setting,
-    all_settings,
-    shipped_settings,
-    units_per_pair,
-)
+from benchmarks.results import Results, setting_of
+from benchmarks.settings import Setting, executed_generator_units, sweep, units_per_pair
 from tests.closeness import ClosenessError
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = Setting(1, 16, 8)
+ITERATION = bench_iteration.OPERATION
 
 
 def test_operation_counts_per_pair():
@@ -33,7 +29,20 @@ def test_operation_counts_per_pair():
     assert [units_per_pair("published", L) for L in layers] == [336 * L - 96 for L in layers]
     assert [units_per_pair("reference", L) for L in layers] == [240 * L - 64 for L in layers]
     assert [units_per_pair("useful", L) for L in layers] == [108 * L - 26 for L in layers]
-    assert Setting(1, 512, 160).useful_flops() == 82 * 512**2 * 160 * 161 / 2
+    setting = Setting(1, 512, 160)
+    assert setting.useful_flops() == 82 * 512**2 * 160 * 161 / 2 + 6 * 160 * 80 * 100 * 512
+
+
+def test_the_executed_products_are_the_useful_ones_where_everything_is_kept():
+    everything = {"stash_edges": True, "stash_hidden": True, "stash_small": True}
+    for L in range(1, 4):
+        forward = 18 * L + 2
+        assert executed_generator_units(L, **everything) == forward + 2 * (forward - 1)
+    edges = everything | {"stash_hidden": False}
+    assert executed_generator_units(2, **edges) == executed_generator_units(2, **everything) + 32
+    nothing = dict.fromkeys(everything, False)
+    # Forward 36 and 86, as a walk over the passes gives; every pass of the backward evaluates its tile again.
+    assert [executed_generator_units(L, **nothing) for L in (1, 2)] == [36 + 76, 86 + 194]
 
 
 @pytest.mark.parametrize("layers", [1, 2])
@@ -48,11 +57,9 @@ def test_published_executes_the_counted_operations(layers):
             run_iteration(provider, batch)
         counts = counter.get_flop_counts()["Global"]
         executed.append((counts[torch.ops.aten.mm] + counts[torch.ops.aten.addmm]) / N**2)
-    quadratic = (
-        2 * executed[1] - executed[0]
-    )  # node maps grow with N: their share halves from one size to the next
+    quadratic = 2 * executed[1] - executed[0]  # node maps grow with N: their share halves from one size to the next
     units = units_per_pair("published", layers) / 2 * D**2
-    classifier = 6 * D * SMALL.training_classes / 2  # (24) over N M rows, forward and two gradients
+    classifier = Setting(layers, D, 32).classifier_flops() / 32**2
     n_pair = 6 * D / 4  # (19) over M^2 logits
     assert quadratic == pytest.approx(units + classifier + n_pair, rel=1e-12)
 
@@ -66,200 +73,206 @@ def test_every_weight_has_its_name_in_a_checkpoint():
 
 
 def test_settings_name_a_batch_that_exists():
-    assert [s.samples for s in all_settings((8, 4), (16,), (1,))] == [4, 8]
+    assert [s.samples for s in sweep(SMALL, samples=(4, 8))] == [4, 8]
     assert Setting(1, 16, 320).training_classes == 160 and SMALL.training_classes == 100
-    assert len(shipped_settings()) == 13
+    assert Setting(1, 16, 8, classes=1000).name == "N8-D16-L1-C1000"
+    assert Setting(2, 16, 8, samples_per_class=4).name == "N8-D16-L2-K4"
     with pytest.raises(ValueError, match="samples is 7, not a multiple of samples_per_class 2"):
         Setting(1, 16, 7)
     with pytest.raises(ValueError, match="name is 'dense'"):
         make_provider("dense", SMALL)
 
 
-def test_releasing_the_first_graph_changes_no_number():
-    outcomes = [
-        run_iteration(make_provider(name, SMALL), make_batch(SMALL), keep_gradients=True)
-        for name in ("published", "published-freed")
-    ]
-    assert outcomes[0].gradients.keys() == outcomes[1].gradients.keys()
-    assert all(torch.equal(outcomes[0].gradients[key], value) for key, value in outcomes[1].gradients.items())
-    assert all(torch.equal(outcomes[0].losses[key], value) for key, value in outcomes[1].losses.items())
+def arrays_of(provider, precision="float32", rounded_to=None):
+    return ITERATION.prepare(provider, SMALL, precision, rounded_to=rounded_to).arrays()
 
 
-def small_outcome():
-    return run_iteration(make_provider("published", SMALL), make_batch(SMALL), keep_gradients=True)
+@pytest.fixture(scope="module")
+def truth():
+    return arrays_of("published", "float64", "float32")
 
 
-def test_the_gate_accepts_plain_torch():
-    outcomes = {"published": small_outcome(), "again": small_outcome()}
-    worst = assert_providers_close(outcomes, float64_truth(SMALL, "published"))
-    assert worst["published"] == worst["again"] < 1e-3
+@pytest.mark.parametrize("key", ["metric/z", "generator/edge0.ff2.w", "classifier/scls.b", "generator/bn_edge.w"])
+def test_the_gate_refuses_a_wrong_gradient(key, truth):
+    baseline, ours = arrays_of("reference"), arrays_of("gcng")
+    check = (truth, baseline, "float32")
+    assert assert_gcng_close(ITERATION, "gcng", ours, *check) < 1e-4
+    ours[f"gradient {key}"] *= 1.002
+    with pytest.raises(ClosenessError, match=f"gcng gradient {key}"):
+        assert_gcng_close(ITERATION, "gcng", ours, *check)
 
 
-@pytest.mark.parametrize(
-    "key", ["metric/z", "generator/edge0.ff2.w", "classifier/scls.b", "generator/bn_edge.w"]
-)
-def test_the_gate_refuses_a_wrong_gradient(key):
-    outcomes = {"published": small_outcome(), "wrong": small_outcome()}
-    outcomes["wrong"].gradients[key] *= 1.002
-    with pytest.raises(ClosenessError, match=f"wrong gradient {key}"):
-        assert_providers_close(outcomes, float64_truth(SMALL, "published"))
+def test_the_gate_refuses_a_wrong_loss_and_a_missing_gradient(truth):
+    baseline, ours = arrays_of("reference"), arrays_of("gcng")
+    ours["loss spread"] += 1e-2
+    with pytest.raises(ClosenessError, match="gcng loss spread"):
+        assert_gcng_close(ITERATION, "gcng", ours, truth, baseline, "float32")
+    del ours["gradient generator/gate.w"]
+    with pytest.raises(ClosenessError, match=r"gcng has no \['gradient generator/gate.w'\]"):
+        assert_gcng_close(ITERATION, "gcng", ours, truth, baseline, "float32")
 
 
-def test_the_gate_refuses_a_wrong_loss_and_a_missing_gradient():
-    truth = float64_truth(SMALL, "published")
-    outcomes = {"published": small_outcome(), "wrong": small_outcome()}
-    outcomes["wrong"].losses["diversity"] += 1e-4
-    with pytest.raises(ClosenessError, match="wrong loss spread"):
-        assert_providers_close(outcomes, truth)
-    outcomes["wrong"] = small_outcome()
-    del outcomes["wrong"].gradients["generator/gate.w"]
-    with pytest.raises(AssertionError, match=r"wrong has no \['gradient generator/gate.w'\]"):
-        assert_providers_close(outcomes, truth)
+def test_a_peer_must_compute_the_same_formula_as_accurately_as_it_likes(truth):
+    theirs = arrays_of("published")
+    assert assert_same_formula("published", theirs, truth, "float32") < 1e-2
+    theirs["gradient metric/z"] *= 1.02
+    with pytest.raises(ClosenessError, match="published gradient metric/z: relative L2 error 2.0e-02"):
+        assert_same_formula("published", theirs, truth, "float32")
 
 
-def test_memory_is_predicted_from_the_largest_smaller_size():
-    measured = {Setting(1, 16, 8): 100, Setting(1, 16, 16): 300, Setting(2, 16, 16): 7, Setting(1, 16, 64): 1}
-    assert memory.predicted_bytes(Setting(1, 16, 32), measured) == 1200
-    assert memory.predicted_bytes(Setting(1, 16, 8), measured) is None
+def test_what_is_zero_or_cancels_is_left_out_of_the_gate():
+    outcome = run_iteration(make_provider("gcng", SMALL), make_batch(SMALL), keep_gradients=True)
+    names = iteration_arrays(outcome)
+    assert "loss diversity" not in names and "loss spread" in names
+    assert "generator/edge0.k.b" in outcome.gradients and "gradient generator/edge0.k.b" not in names
 
 
-def test_rows_that_cannot_fit_are_recorded_and_not_run(monkeypatch):
-    def never(provider, setting, threads):
-        assert setting.samples == 8, "only the small setting may run"
-        return {"status": "measured", "peak_bytes": 1000}
-
-    monkeypatch.setattr(memory, "measure_in_subprocess", never)
-    monkeypatch.setattr(memory, "available_bytes", lambda: 3000)
-    settings = all_settings((8, 16), (16,), (1,))
-    peaks = measure.measure_memory(settings, ("published",), threads=1)
-    assert peaks["published"][settings[1]]["status"] == "out of memory"
-    assert peaks["published"][settings[1]]["predicted_bytes"] == 4000
-    planned = plan.load_plan(measure.timing_plan(settings, peaks, ("published",), repeats=2))
-    assert [case.identifier() for case in planned] == [
-        f"N8-D16-L1-{name}-{turn}" for turn in (0, 1) for name in ("published", "gemm")
-    ]
-    assert {case.truth for case in planned} == {"published"}
+def test_memory_is_predicted_from_the_nearest_smaller_size():
+    sizes = (Setting(1, 16, 8), Setting(1, 16, 16), Setting(2, 16, 16), Setting(1, 32, 4))
+    measured = dict(zip(sizes, (100, 300, 7, 9), strict=True))
+    assert memory.predicted_bytes(ITERATION, Setting(1, 16, 32), measured) == 1200
+    assert memory.predicted_bytes(ITERATION, Setting(1, 32, 16), measured) == 9 * 16
+    assert memory.predicted_bytes(ITERATION, Setting(3, 16, 8), measured) is None
 
 
-def test_a_child_process_that_is_killed_is_a_row_and_one_that_fails_is_an_error(monkeypatch):
-    codes = iter([-9, 1])
-
-    def run(command, **options):
-        return subprocess.CompletedProcess(command, next(codes), "", "no such thing")
-
-    monkeypatch.setattr(memory.subprocess, "run", run)
-    assert memory.measure_in_subprocess("published", SMALL, 1) == {"status": "killed"}
-    with pytest.raises(RuntimeError, match="exit code 1:\nno such thing"):
-        memory.measure_in_subprocess("published", SMALL, 1)
-
-
-def example_results():
-    def provider(seconds, peak):
-        spread = {"median": seconds, "min": seconds, "max": 2 * seconds, "count": 3}
-        row = {"status": "measured", "peak_bytes": peak, "predicted_bytes": None}
-        return {"time": spread, "relative_error": 1e-5, "memory": row}
-
-    missing = {"memory": {"status": "out of memory", "predicted_bytes": 31_000_000_000, "available_bytes": 9}}
-    rows = []
-    for setting, published in (
-        (Setting(1, 512, 160), provider(9.0, 5_000_000_000)),
-        (Setting(1, 512, 320), missing),
-    ):
-        row = measure._setting_row(setting)
-        row["providers"] = {
-            "published": published,
-            "reference": provider(6.0, 4_000_000_000),
-            "blocked": provider(2.0, 250_000_000),
-        }
-        row["gemm"] = {"shape": [GEMM_ROWS, 512, 2048], "flops": 2e11}
-        rows.append(row)
-    described = {"cpu": "Example (R) 9 Processor", "cores": 2, "memory_bytes": 24 * 2**30}
-    versions, protocol = {"torch": "2", "gcng": "0"}, {"threads": 2, "dtype": "float32", "dropout": 0.0}
-    stamp = {"commit": "0123456789abcdef", "date": "2025-01-01T00:00:00+00:00"}
-    return {"machine": described, "versions": versions, "protocol": protocol, **stamp, "rows": rows}
+def test_a_row_that_cannot_fit_says_so_and_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "available_bytes", lambda device="cpu": 10_000)
+    results = Results.open(tmp_path / "r.json")
+    known = results.row(ITERATION, SMALL, "float32")
+    known["providers"]["published"] = {"status": "measured", "memory": {"peak_bytes": 5000}}
+    session = preparation.Preparation(results, "cpu", 1, float("inf"), 1e12, memory_too=False)
+    entry = plan.Entry("iteration", replace(SMALL, samples=16), ("published", "gcng"), rounds=1)
+    first, second = plan.cases_of([entry])
+    with pytest.raises(pytest.skip.Exception, match="predicted not to fit"):
+        session.ready(first)
+    assert session.ready(second).provider == "gcng"
+    session.finish()
+    row = results.find("iteration", entry.setting, "float32")
+    assert row["complete"] and row["truth"] == "gcng in float64"
+    assert row["providers"]["published"]["memory"] == {"predicted_bytes": 20_000, "available_bytes": 10_000}
 
 
-def test_the_summary_shows_times_ratios_and_what_did_not_fit():
-    lines = tables.summary(example_results()).splitlines()
-    share = 82 * 512**2 * 160 * 161 / 2 / 2.0 / 2e11
-    assert lines[-2] == (
-        "| 160 | 512 | 1 | 9 s / 5.0 GB | 6 s / 4.0 GB | 2 s / 250 MB | 4.5x | 3.0x | 5.0 % "
-        f"| {100 * share:.0f} % |"
-    )
-    assert (
-        "| out of memory (31.0 GB predicted) | 6 s / 4.0 GB | 2 s / 250 MB | - | 3.0x | 0.8 % |" in lines[-1]
-    )
-    assert "Example (R) 9 Processor, 2 cores, 24 GiB; torch 2, gcng 0 at 0123456789" in lines[0]
-    assert machine.file_name(example_results()["machine"]) == "example-9-2-cores.json"
+def test_peak_memory_comes_from_a_process_of_its_own():
+    row = memory.measure("synthesis", "reference", Setting(1, 64, 64), "float32", threads=1)
+    assert row["status"] == "measured"
+    assert row["peak_bytes"] > 4 * 64 * 64 * 64, "the gates alone are larger"
+    missing = memory.measure("class_cross_entropy", "liger", Setting(1, 16, 8), "float32", threads=1)
+    assert missing["status"] == "unavailable" and missing["reason"]
 
 
-def test_the_details_show_every_provider():
-    text = tables.details(example_results())
-    assert "| 160, 512, 1 | published formulation | 9 | 9 | 18 | 3 | 90 | 1.0e-05 | 5000 | - |" in text
-    assert "| 320, 512, 1 | published formulation | - | - | - | - | - | - | out of memory | 31000 |" in text
-    assert "Yardstick (1024 x 512) @ (512 x 2048): 200 to 200 GFLOP/s" in text
+def test_the_plan_puts_the_most_valuable_first_and_names_every_row_once():
+    for made in (plan.cpu_plan(), plan.gpu_plan(), plan.smoke_plan()):
+        names = [entry.name for entries in made.values() for entry in entries]
+        assert len(set(names)) == len(names)
+        for entry in (entry for entries in made.values() for entry in entries):
+            assert plan.providers_of(entry), entry.name
+    first = plan.cpu_plan()["first"][0]
+    assert (first.operation, first.setting.name) == ("iteration", "N160-D512-L1")
+    covered = {entry.name for entries in plan.cpu_plan().values() for entry in entries}
+    for name in (*plan.MODELS, "iteration"):
+        for N in plan.SAMPLES:
+            for D in plan.EMBEDDING_SIZES:
+                assert f"{name}/N{N}-D{D}-L1/float32" in covered
+    assert plan.load(json.loads(json.dumps(plan.dump([first])))) == [first]
 
 
-def test_tables_are_written_between_the_markers_and_checked(tmp_path, capsys):
-    (tmp_path / "docs").mkdir()
-    results = tmp_path / "results"
-    results.mkdir()
-    (results / "example.json").write_text(json.dumps(example_results()))
-    for name in tables.TARGETS:
-        (tmp_path / name).write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
-    options = ["--root", str(tmp_path), "--results", str(results)]
-    assert tables.main([*options, "--check"]) == 1
-    assert "README.md is out of date" in capsys.readouterr().err
-    assert tables.main(options) == 0
-    assert tables.main([*options, "--check"]) == 0
-    readme = (tmp_path / "README.md").read_text()
-    assert readme.startswith("before\n") and readme.endswith("\nafter\n") and "old" not in readme
-    (tmp_path / "README.md").write_text("no markers")
-    with pytest.raises(ValueError, match="README.md must hold"):
-        tables.main(options)
+def test_cases_of_an_entry_take_turns():
+    entry = plan.Entry("retrieval", SMALL, ("gcng", "faiss"), rounds=2)
+    assert [(case.provider, case.round) for case in plan.cases_of([entry])] == [
+        ("gcng", 0), ("faiss", 0), ("gcng", 1), ("faiss", 1),
+    ]  # fmt: skip
 
 
-def test_the_shipped_tables_are_what_the_results_say():
-    assert tables.load_results(), "benchmarks/results holds no results file"
-    assert tables.main(["--check"]) == 0
+def test_parts_are_chosen_by_name_or_by_the_start_of_a_row():
+    options = measure.options_for(None, Path("r.json"))
+    parts = measure.parts_of(options)
+    assert list(parts)[:3] == ["rates", "first", "stages"]
+    assert list(measure.chosen(parts, ["stages", "edges/N160"])) == ["stages", "edges/N160"]
+    with pytest.raises(ValueError, match="--parts nothing: neither a part"):
+        measure.chosen(parts, ["nothing"])
+    with pytest.raises(ValueError, match="op is 'nothing'"):
+        measure.options_for("nothing", Path("r.json"))
+    assert len(measure.options_for("attention", Path("r.json")).parts) == 1 + measure.USER_ROWS
 
 
-def test_smoke_run_measures_every_provider(tmp_path):
-    output = tmp_path / "smoke.json"
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.measure",
-        "--smoke",
-        "--threads",
-        "1",
-        "--output",
-        str(output),
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+def smoke(path, *more):
+    command = [sys.executable, "-m", "benchmarks.measure", "--smoke", "--threads", "1", "--json", str(path), *more]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_a_smoke_run_writes_rows_and_a_second_run_goes_on(tmp_path):
+    path = tmp_path / "smoke.json"
+    parts = ("--parts", "iteration/", "attention/")
+    done = smoke(path, *parts)
     assert done.returncode == 0, done.stderr
-    results = json.loads(output.read_text())
-    (row,) = results["rows"]
-    assert set(row["providers"]) == set(MEMORY_PROVIDERS)
-    for name, provider in row["providers"].items():
-        assert provider["memory"]["status"] == "measured"
-        assert ("time" in provider) == (name != "published-freed")
-    assert row["gemm"]["flops"] > 0
-    assert results["protocol"]["dropout"] == 0 and results["machine"]["cores"] >= 1
-    assert tables.summary(results) and tables.details(results)
+    results = json.loads(path.read_text())
+    assert [row["name"] for row in results["rows"]] == ["iteration/N8-D16-L1/float32", "attention/N8-D16-L1/float32"]
+    assert results["machine"]["cores"] >= 1 and results["protocol"]["threads"] == 1
+    row = results["rows"][0]
+    assert row["complete"] and row["truth"] == "published in float64" and row["gemm"]["flops"] > 0
+    for name in ("published", "reference", "gcng"):
+        provider = row["providers"][name]
+        assert provider["status"] == "measured" and provider["time"]["forward"]["count"] == 1, (name, provider)
+        assert provider["memory"]["peak_bytes"] > 0 and 0 < provider["relative_error"] < 1e-2
+    # One row is taken away, as if the run had been cut off in it: only that one is measured again.
+    results["rows"][0]["complete"] = False
+    path.write_text(json.dumps(results))
+    assert smoke(path, *parts).returncode == 0
+    again = json.loads(path.read_text())
+    assert again["rows"][0]["complete"] and again["rows"][0]["date"] >= row["date"]
+    assert again["rows"][1] == results["rows"][1]
 
 
-def test_a_setting_that_fails_the_gate_is_never_timed(monkeypatch):
+def test_a_process_that_is_killed_costs_one_provider(tmp_path, monkeypatch):
+    options = measure.options_for(None, tmp_path / "r.json", smoke=True)
+    results = Results.open(options.json)
+    row = results.row(ITERATION, SMALL, "float32")
+    row["providers"] = {"published": {"status": "measured"}}
+    row["running"] = "published"
+    results.save()
     calls = []
 
-    def refuse(outcomes, truth):
-        calls.append(sorted(outcomes))
-        raise ClosenessError("published loss n_pair: not close")
+    def killed_once(self, entries):
+        calls.append([entry.name for entry in entries])
+        return (-9 if len(calls) == 1 else 0), ""
 
-    monkeypatch.setattr(preparation, "assert_providers_close", refuse)
-    prepared = preparation.Preparation()
-    (first, _, second, _) = plan.cases_of(SMALL, ["published"], "published", repeats=2)
-    for case in (first, second):
-        with pytest.raises(AssertionError, match="n_pair: not close"):
-            prepared.ready(case)
-    assert calls == [["published"]]
+    monkeypatch.setattr(measure.Run, "_pytest", killed_once)
+    measure.Run(options, options.json).part("smoke", [plan.Entry("iteration", SMALL)])
+    assert calls == [["iteration/N8-D16-L1/float32"]] * 2
+    found = json.loads(options.json.read_text())["rows"][0]["providers"]["published"]
+    assert found["status"] == "killed" and "exit code -9" in found["reason"]
+
+
+def test_an_entry_that_fails_is_never_timed_and_fails_once(tmp_path, monkeypatch):
+    session = preparation.Preparation(Results.open(tmp_path / "r.json"), "cpu", 1, float("inf"), 1e12, memory_too=False)
+    calls = []
+
+    def broken(*arguments, **options):
+        calls.append(arguments)
+        raise RuntimeError("no such op")
+
+    monkeypatch.setattr(operations.Operation, "prepare", broken)
+    cases = plan.cases_of([plan.Entry("iteration", SMALL, ("gcng",), rounds=2)])
+    with pytest.raises(RuntimeError, match="no such op"):
+        session.ready(cases[0])
+    with pytest.raises(AssertionError, match="is not measured: RuntimeError: no such op"):
+        session.ready(cases[1])
+    assert len(calls) == 1 and not session.results.data["rows"][0]["complete"]
+
+
+def test_a_results_file_belongs_to_one_machine(tmp_path):
+    path = tmp_path / "r.json"
+    results = Results.open(path)
+    results.row(ITERATION, SMALL, "float32")
+    results.save()
+    assert setting_of(Results.open(path).data["rows"][0]) == SMALL
+    results.data["machine"]["cpu"] = "Example (R) 9 Processor"
+    results.save()
+    with pytest.raises(ValueError, match="measured on another machine"):
+        Results.open(path)
+    results.data["format"] = 1
+    results.save()
+    with pytest.raises(ValueError, match="has format 1, expected 2"):
+        Results.open(path)
+    assert machine.file_name({"cpu": "Example (R) 9 Processor", "cores": 2}) == "example-9-2-cores.json"
+    assert machine.file_name({"cpu": "x", "cores": 2, "gpu": "NVIDIA H200"}) == "nvidia-h200.json"

@@ -109,6 +109,17 @@ def _add_estimate(parser: argparse.ArgumentParser) -> None:
     _add_json(parser)
 
 
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("op", nargs="?", metavar="OP", help="one op, or iteration (default: everything, 25 minutes)")
+    parser.add_argument("--json", metavar="FILE", help="results file to add to; measured rows in it are kept")
+    parser.add_argument("--compare", metavar="FILE", help="earlier results file: name what changed beyond the spread")
+    parser.add_argument("--minutes", type=float, help="start nothing new after so many minutes")
+    parser.add_argument("--device", default="cpu", help="cpu, or a CUDA device (default: cpu)")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: 2)")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, one round: does everything run?")
+    parser.add_argument("--force", action="store_true", help="measure again what the results file already holds")
+
+
 def _add_recipes(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     _add_json(actions.add_parser("list", help="names of the published settings", allow_abbrev=False))
@@ -142,6 +153,9 @@ COMMANDS = {
     ),
     "embed": Command("embed", "write the embeddings of a data set", _add_embed, True, reports_input_errors=True),
     "estimate": Command("estimate", "predict the peak memory of the loss", _add_estimate, reports_input_errors=True),
+    "bench": Command(
+        "bench", "measure time, memory and accuracy on this machine", _add_bench, reports_input_errors=True
+    ),
     "env": Command("env", "versions, devices, and what runs on them", _add_json),
     "build": Command("build", "compile the optional C++ and CUDA kernels", _add_build),
     "recipes": Command("recipes", "list, show and import settings", _add_recipes, reports_input_errors=True),

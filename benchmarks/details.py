@@ -1,0 +1,168 @@
+"""The tables of docs/benchmarks.md: every provider, exponents, stages, accuracy, overhead, and the machine's rates."""
+
+from __future__ import annotations
+
+from benchmarks.results import setting_of
+from benchmarks.scaling import Fit, scalings
+from benchmarks.words import bytes_words, missing_words, provider_words, seconds_words, source_line, table
+
+
+def documentation(files: list[tuple[str, dict]]) -> str:
+    """Everything between the markers of docs/benchmarks.md."""
+    return "\n\n".join(one_file(name, results) for name, results in files) or "No results file yet."
+
+
+def one_file(name: str, results: dict) -> str:
+    """All tables of one file that have rows."""
+    made = {
+        "Rates of this machine": rates(results),
+        "Every row": every_row(results),
+        "Exponents": exponents(results),
+        "Time of an iteration by op": stages(results),
+        "Accuracy": accuracy(results),
+        "Overhead of a call at N = 80": overhead(results),
+    }
+    parts = [f"### {name}", source_line(name, results, results["rows"])]
+    for title, text in made.items():
+        parts += [f"#### {title}", text] if text else []
+    return "\n\n".join(parts)
+
+
+def rates(results: dict) -> str:
+    """Product and copy rates."""
+    if not results["rates"]:
+        return ""
+    lines = [
+        [precision, " x ".join(map(str, found["shape"])), f"{found['flops'] / 1e9:.0f} GFLOP/s"]
+        for precision, widths in results["rates"]["gemm"].items()
+        for found in widths.values()
+    ]
+    copy = results["rates"]["copy"]
+    lines.append(["copy", bytes_words(copy["bytes_moved"]), f"{copy['bytes'] / 1e9:.1f} GB/s"])
+    return table(["precision", "rows x inner x columns", "rate"], lines)
+
+
+def every_row(results: dict) -> str:
+    """Median and range of the passes, rates, error and memory of every provider of every row."""
+    header = ["row", "provider", "forward", "backward", "both: least to largest", "rounds", "GFLOP/s", "GB/s"]
+    header += ["worst relative error", "peak", "predicted"]
+    lines = [
+        _provider_cells(row, name, provider)
+        for row in sorted(results["rows"], key=lambda row: (row["operation"], row["precision"], setting_of(row)))
+        for name, provider in row["providers"].items()
+    ]
+    return table(header, lines) if lines else ""
+
+
+def _provider_cells(row: dict, name: str, provider: dict) -> list[str]:
+    times, memory = provider.get("time") or {}, provider.get("memory", {})
+    whole = times.get("both") or times.get("forward")
+    label = f"{row['operation']} {setting_of(row).name} {row['precision']}"
+    cells = [label, provider_words(name)]
+    if whole is None:
+        reason = provider.get("reason", "").splitlines()
+        cells += [missing_words(provider) + (f": {reason[0]}" if reason else ""), *["-"] * 6]
+    else:
+        work = row["work"].get("both" if "both" in times else "forward", row["work"]["forward"])
+        cells += [seconds_words(times[key]["median"]) if key in times else "-" for key in ("forward", "backward")]
+        cells += [f"{seconds_words(whole['min'])} to {seconds_words(whole['max'])}", str(whole["count"])]
+        cells += [f"{work[key] / whole['median'] / 1e9:.3g}" for key in ("flops", "bytes")]
+        error = provider.get("relative_error")
+        cells.append("other loss" if error is None else f"{error:.1e}")
+    for key in ("peak_bytes", "predicted_bytes"):
+        cells.append(bytes_words(memory[key]) if key in memory else "-")
+    return cells
+
+
+def exponents(results: dict) -> str:
+    """Fits of time and memory over each size, beside the exponent of the useful operations."""
+    lines = []
+    for provider in ("gcng", "published"):
+        for one in scalings(results, provider):
+            where = [f"{one.operation} {one.precision}", provider_words(provider), one.size, one.fixed]
+            span = f"{one.values[0]} to {one.values[-1]} ({len(one.values)})"
+            lines.append([*where, span, *(_fit_words(found) for found in (one.time, one.memory, one.model))])
+    header = ["op", "provider", "over", "at", "sizes", "time", "memory", "operations"]
+    return table(header, lines) if lines else ""
+
+
+def _fit_words(found: Fit | None) -> str:
+    return "-" if found is None else f"{found.exponent:.2f} ± {found.error:.2f}"
+
+
+def stages(results: dict) -> str:
+    """Time share of every op, its rate, and its share of the roof at its intensity."""
+    lines = []
+    for one in results["stages"]:
+        for name, stage in sorted(one["stages"].items(), key=lambda item: -item[1]["seconds"]):
+            share = f"{100 * stage['seconds'] / one['seconds']:.0f} %"
+            cells = [f"{one['name']} {one['precision']}", provider_words(one["provider"]), name]
+            cells += [seconds_words(max(stage["seconds"], 0.0)), share]
+            lines.append([*cells, *_roof_cells(results, one, stage)])
+        lines += _generator_cells(one)
+    header = ["setting", "provider", "op", "time", "of the iteration", "GFLOP/s", "of the GEMM rate"]
+    header += ["GB/s", "of the copy rate", "of its roof"]
+    return table(header, lines) if lines else ""
+
+
+def _generator_cells(one: dict) -> list[list[str]]:
+    """The generator phase as a whole: its products, with what is computed again, over the product rate beside it."""
+    if "generator" not in one:
+        return []
+    found = one["generator"]
+    words = f"{100 * found['useful_share']:.0f} % ({100 * found['executed_share']:.0f} % with what is computed again)"
+    name = f"{one['name']} {one['precision']}", provider_words(one["provider"]), "generator phase, alone"
+    return [[*name, seconds_words(found["seconds"]), "-", "-", words, "-", "-", "-"]]
+
+
+def _roof_cells(results: dict, one: dict, stage: dict) -> list[str]:
+    rate = roof(results, one)
+    if rate is None or not stage["bytes"] or stage["seconds"] <= 0:
+        return ["-"] * 5
+    products, copies = rate
+    flops, moved = stage["flops"] / stage["seconds"], stage["bytes"] / stage["seconds"]
+    reach = min(products, copies * stage["flops"] / stage["bytes"]) if stage["flops"] else 0.0
+    roof_share = f"{100 * flops / reach:.0f} %" if reach else f"{100 * moved / copies:.0f} %"
+    return [
+        f"{flops / 1e9:.3g}", f"{100 * flops / products:.0f} %", f"{moved / 1e9:.3g}", f"{100 * moved / copies:.0f} %",
+        roof_share,
+    ]  # fmt: skip
+
+
+def roof(results: dict, one: dict) -> tuple[float, float] | None:
+    """Product rate at the setting's width and precision, and copy rate."""
+    if not results["rates"]:
+        return None
+    by_width = results["rates"]["gemm"].get(one["precision"], {})
+    if not by_width:
+        return None
+    width = min(by_width, key=lambda key: abs(int(key) - one["setting"]["embedding_size"]))
+    return by_width[width]["flops"], results["rates"]["copy"]["bytes"]
+
+
+def accuracy(results: dict) -> str:
+    """Worst relative error of gcng beside that of the dense definition, by op and precision."""
+    lines = []
+    for one in results["accuracy"]:
+        for name, found in one["providers"].items():
+            if name == "reference":
+                continue
+            dense = one["providers"].get("reference")
+            same = f"{dense['errors'][found['array']]:.1e}" if dense else "torch cannot"
+            worst = f"{dense['worst']:.1e} ({dense['array']})" if dense else "-"
+            where = [one["operation"], one["setting"], one["precision"], provider_words(name)]
+            lines.append([*where, found["array"], f"{found['worst']:.1e}", same, worst])
+    header = ["op", "setting", "precision", "provider", "worst array", "its error", "dense there", "dense, worst"]
+    return table(header, lines) if lines else ""
+
+
+def overhead(results: dict) -> str:
+    """Time of a call by way of calling."""
+    lines = []
+    for row in results["overhead"]:
+        if "reason" in row:
+            time = f"no: {row['reason']}"
+        else:
+            time = f"{seconds_words(row['median'])} ({seconds_words(row['min'])} to {seconds_words(row['max'])})"
+        lines.append([row["operation"], row["setting"], row["way"], time])
+    return table(["op", "setting", "called as", "time"], lines) if lines else ""

@@ -1,0 +1,76 @@
+"""How an op becomes providers: gcng with and without its extension, the definition eager and compiled, peers."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.operations import Build, Form, Inputs, Unavailable
+
+
+@contextlib.contextmanager
+def without_extension() -> Iterator[None]:
+    """Blocked torch, whatever is built and whatever the device."""
+    with contextlib.ExitStack() as stack:
+        native = _module("gcng.ops.native")
+        if native is not None:
+            stack.enter_context(native.disabled())
+        dispatch = _module("gcng.ops.dispatch")
+        if dispatch is not None:
+            pair, synthesis = _module("gcng.ops.pair_kernels"), _module("gcng.ops.synthesis_tiles")
+            stack.enter_context(dispatch.forced_kernels(pair.TorchPairKernels(), synthesis.TorchSynthesisKernels()))
+        yield
+
+
+def extension(device: torch.device | str) -> str:
+    """What runs beside blocked torch on a device: a name for the results file, "none" where nothing does."""
+    if torch.device(device).type == "cuda":
+        found = all(importlib.util.find_spec(name) for name in ("triton", "gcng.kernels"))
+        return "triton" if found else "none"
+    native = _module("gcng.ops.native")
+    if native is None:
+        return "none"
+    status = native.cpu_status()
+    return "none" if status.path is None else status.path.stem
+
+
+def _module(name: str) -> Any | None:
+    return importlib.import_module(name) if importlib.util.find_spec(name) else None
+
+
+def in_gcng(build: Build) -> dict[str, Build]:
+    """A build through gcng's ops as two providers: with the extension, and without."""
+
+    def blocked(inputs: Inputs) -> Form:
+        device = next(iter(inputs.tensors.values())).device
+        if extension(device) == "none":
+            raise Unavailable("the same as gcng: no extension is loaded")
+        return replace(build(inputs), mode=without_extension)
+
+    return {"gcng": build, "gcng-no-extension": blocked}
+
+
+def dense(definition: Callable[[Inputs], Tensor], **layout: Any) -> dict[str, Build]:
+    """The dense definition as two providers: eager, and under torch.compile."""
+
+    def compiled(inputs: Inputs) -> Form:
+        torch.compiler.reset()
+        call = torch.compile(definition, dynamic=False)
+        return Form(lambda: (call(inputs),), **layout)
+
+    return {"reference": lambda inputs: Form(lambda: (definition(inputs),), **layout), "reference-compiled": compiled}
+
+
+def need(module: str, package: str) -> Any:
+    """A peer's module; :class:`Unavailable` names the package that is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise Unavailable(f"{package} is not installed ({error})") from error
