@@ -16,6 +16,7 @@ from torch import Tensor
 from gcng.mode import in_reference_mode
 from gcng.ops.blocks import labels_beside, spans
 from gcng.ops.registration import compute_dtype, define_autocast, define_gradient, define_op
+from gcng.ops.triton_path import runs_triton
 from gcng.ops.validation import (
     check_channels,
     check_float_matrix,
@@ -60,6 +61,10 @@ def _by_head(x: Tensor) -> Tensor:
 
 
 def _negative_attention(q: Tensor, k: Tensor, v: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    if runs_triton(q):
+        from gcng.kernels import attention
+
+        return attention.negative_attention_forward(q, k, v, labels)
     num_nodes, num_heads, width = q.shape
     queries, keys, values = _by_head(q) / math.sqrt(width), _by_head(k), _by_head(v)
     finite_values = _finite_rows(values)
@@ -131,6 +136,10 @@ def _negative_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, labels: Tensor, shares: Tensor, needed: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """With P the weights and dP = dO V^T: dV = P^T dO, dS = P (dP - rowsum(P dP)), dQ = dS K, dK = dS^T Q."""
+    if runs_triton(q):
+        from gcng.kernels import attention
+
+        return attention.negative_attention_backward(grad, q, k, v, labels, shares, needed)
     num_nodes, num_heads, width = q.shape
     scale = math.sqrt(width)
     queries, keys, values, grads = _by_head(q) / scale, _by_head(k), _by_head(v), _by_head(grad)

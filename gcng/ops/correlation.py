@@ -15,11 +15,16 @@ from gcng.ops.blocks import labels_beside
 from gcng.ops.nearest import nearest_rows
 from gcng.ops.registration import compute_dtype, define_autocast, define_gradient, define_op
 from gcng.ops.retrieval import check_count, check_pair_of_matrices
+from gcng.ops.triton_path import runs_triton
 from gcng.ops.validation import check_channels, check_float_matrix, check_labels
 from gcng.reference import correlation as reference
 
 
 def _center_normalize(x: Tensor) -> tuple[Tensor, Tensor]:
+    if runs_triton(x):
+        from gcng.kernels import correlation
+
+        return correlation.center_normalize_forward(x)
     wide = x.to(compute_dtype(x.dtype))
     centered = wide - wide.mean(-1, keepdim=True)
     norm = torch.linalg.vector_norm(centered, dim=-1, keepdim=True)
@@ -38,6 +43,10 @@ def _center_normalize_fake(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _center_normalize_backward(grad: Tensor, unit: Tensor, inverse_norm: Tensor) -> Tensor:
+    if runs_triton(unit):
+        from gcng.kernels import correlation
+
+        return correlation.center_normalize_backward(grad, unit, inverse_norm)
     dtype = inverse_norm.dtype
     grad_wide, unit_wide = grad.to(dtype), unit.to(dtype)
     radial = (grad_wide * unit_wide).sum(-1, keepdim=True)

@@ -94,6 +94,7 @@ def _generator_synthesis(
     field = PairField(base, packed, n, chain, Dropout(identity, seed, p, first_layer))
     synthesis = make_synthesis("generator_synthesis", z, kappa, mix, class_start, field.dtype)
     classes = Classes(class_labels, dropped_class, classifier_weight, classifier_bias)
+    weight = classifier_weight.to(field.operand)
 
     def run(pairs: int) -> tuple[Tensor, ...]:
         gates, mean, var = prepare_gates(field, norm_weight, gate_weight, gate_bias, pairs, stash)
@@ -105,7 +106,8 @@ def _generator_synthesis(
             nonlocal entropy, distance
             syn = side.synthesize(gate)
             target = _rows_of(side, classes)
-            side_lse, logit = streamed_logsumexp(syn.values.flatten(0, 1), classifier_weight, classifier_bias, target)
+            rows = syn.values.flatten(0, 1).to(weight.dtype)
+            side_lse, logit = streamed_logsumexp(rows, weight, classifier_bias, target)
             lse[side.anchors, side.classes] = side_lse.view(side.shape)
             losses = (side_lse - logit).view(side.shape)
             entropy = entropy + torch.where(side.valid, losses, torch.zeros_like(losses)).sum()
@@ -156,6 +158,7 @@ class _GateGradient:
         self.scale_spread = torch.where(flat, torch.zeros_like(slope), slope).to(dtype)
         self.grad_weight: Tensor | None = None
         self.grad_bias: Tensor | None = None
+        self._weight = classes.weight.to(gates.field.operand)
 
     def logits(self, tile: Tile, values: Tensor, bias: Tensor | None, *, need_classifier: bool) -> Tensor:
         """Gradient of the gate logits of a tile (R S, D), from its gates; its column sum is added to ``bias`` (D,)."""
@@ -173,9 +176,11 @@ class _GateGradient:
     def _synthetic(self, side: Side, syn: Synthetic, need_classifier: bool) -> SyntheticGradients:
         """Gradients of the synthetic negatives of a side."""
         scale = torch.where(side.valid, self.scale_entropy, torch.zeros_like(self.scale_entropy))
+        # Gradients of the classifier are summed over tiles, in the dtype of the weight that is handed over.
+        weight = self.classes.weight if need_classifier else self._weight
         grad, grad_weight, grad_bias = streamed_logit_gradient(
-            syn.values.flatten(0, 1),
-            self.classes.weight,
+            syn.values.flatten(0, 1).to(weight.dtype),
+            weight,
             self.classes.bias,
             _rows_of(side, self.classes),
             self.lse[side.anchors, side.classes].reshape(-1),

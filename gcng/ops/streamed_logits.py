@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gcng.ops.blocks import spans
 from gcng.ops.registration import compute_dtype
+from gcng.ops.triton_path import runs_triton
 
 # Logits per tile (2 MiB in float32), and the classes of a tile where there are more rows than fit.
 TILE_LOGITS = 2**19
@@ -47,6 +48,10 @@ def streamed_logsumexp(rows: Tensor, weight: Tensor, bias: Tensor | None, target
 
     Memory: O(R) and one tile of logits. 16-bit weights are widened one block of classes at a time.
     """
+    if runs_triton(rows):
+        from gcng.kernels import class_cross_entropy
+
+        return class_cross_entropy.streamed_logsumexp_forward(rows, weight, bias, target)
     dtype = compute_dtype(rows.dtype)
     num_rows, num_classes = rows.shape[0], weight.shape[0]
     maximum = rows.new_full((num_rows, 1), -math.inf, dtype=dtype)
@@ -97,6 +102,13 @@ def streamed_logit_gradient(
 
     Memory: the results and one tile of logits.
     """
+    if runs_triton(rows):
+        from gcng.kernels import class_cross_entropy
+
+        return class_cross_entropy.streamed_logit_gradient(
+            rows, weight, bias, target, lse, row_scale,
+            need_weight=need_weight, need_rows=need_rows, need_bias=need_bias,
+        )  # fmt: skip
     dtype = compute_dtype(rows.dtype)
     (num_rows, width), num_classes = rows.shape, weight.shape[0]
     wants_bias = bias is not None and (need_weight if need_bias is None else need_bias)

@@ -1,0 +1,81 @@
+"""Whether Triton kernels run on a tensor, and why not: what every op asks before its blocked torch path."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+import importlib.util
+import threading
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+OLDEST = (3, 6)
+OLDEST_ARCHITECTURE = (8, 0)
+
+
+class _Forced(threading.local):
+    everywhere = False
+
+
+_forced = _Forced()
+
+
+@contextlib.contextmanager
+def triton_everywhere() -> Iterator[None]:
+    """Run the Triton kernels on any device in this thread: tests do, in Triton's interpreter."""
+    before, _forced.everywhere = _forced.everywhere, True
+    try:
+        yield
+    finally:
+        _forced.everywhere = before
+
+
+def runs_triton(x: Tensor) -> bool:
+    """Whether the Triton kernels compute an op on ``x``.
+
+    On CUDA tensors of 16 or 32 bit; float64 is for checks and takes the blocked torch path. Where the kernels cannot
+    run, one warning says why.
+    """
+    if _forced.everywhere:
+        return True
+    if not x.is_cuda or x.dtype == torch.float64:
+        return False
+    cause = triton_cause() or _device_cause(x.device.index or 0)
+    if cause:
+        _warn(cause)
+    return not cause
+
+
+@functools.cache
+def triton_cause() -> str:
+    """Why Triton cannot be used at all, in one line; empty if it can. Does not import it."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install 'triton>=3.6'"
+    if importlib.util.find_spec("gcng.kernels") is None:
+        return "gcng.kernels is not installed; install gcng with pip, an import path to the checkout is not enough"
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return ""  # some builds carry no metadata
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+        return f"triton {version} is too old; 3.6 or later is needed"
+    return ""
+
+
+@functools.cache
+def _device_cause(index: int) -> str:
+    found = torch.cuda.get_device_capability(index)
+    if found >= OLDEST_ARCHITECTURE:
+        return ""
+    return f"device {index} has compute capability {found[0]}.{found[1]}; 8.0 or later is needed"
+
+
+@functools.cache
+def _warn(cause: str) -> None:
+    warnings.warn(
+        f"gcng: the Triton kernels are not used, the slower torch path runs: {cause}", RuntimeWarning, stacklevel=4
+    )
