@@ -132,7 +132,7 @@ def nearest_rows(
         values (Q, k) falling, indices (Q, k) int64, ties by lower index; missing places are -inf and -1.
         A NaN in a row makes all its similarities NaN, which rank first, as in ``torch.sort``.
 
-    Memory: the results and one tile.
+    Memory: the results, one tile, and the rows of a block of queries and a tile of references in float64.
     """
     dtype = compute_dtype(query.dtype)
     all_values = query.new_full((query.shape[0], k), -math.inf, dtype=dtype)
@@ -141,17 +141,20 @@ def nearest_rows(
     merge = kernels.topk_merge if kernels is not None else _merge_tile
     if labels is not None:
         labels, reference_labels = labels.contiguous(), reference_labels.contiguous()
-    for rows in spans(query.shape[0], TILE_QUERIES):
-        units = _fixed_point(unit_rows(query[rows], centered=centered), query.dtype)
+    # Unit rows of references serve a block of several tiles of queries: for each tile anew they took half the time.
+    for block in spans(query.shape[0], max(TILE_QUERIES, TILE_REFERENCES)):
+        units = _fixed_point(unit_rows(query[block], centered=centered), query.dtype)
         for columns in spans(reference.shape[0], TILE_REFERENCES):
             others = _fixed_point(unit_rows(reference[columns], centered=centered), query.dtype)
-            merge(
-                _similarity(units, others, dtype),
-                columns.start,
-                None if self_index is None else self_index[rows],
-                None if labels is None else labels[rows],
-                None if labels is None else reference_labels[columns],
-                all_values[rows],
-                all_indices[rows],
-            )
+            for part in spans(units[0].shape[0], TILE_QUERIES):
+                rows = slice(block.start + part.start, block.start + part.stop)
+                merge(
+                    _similarity([unit[part] for unit in units], others, dtype),
+                    columns.start,
+                    None if self_index is None else self_index[rows],
+                    None if labels is None else labels[rows],
+                    None if labels is None else reference_labels[columns],
+                    all_values[rows],
+                    all_indices[rows],
+                )
     return all_values, all_indices
