@@ -57,7 +57,8 @@ class CompilationCase:
         name: unique within the module; says dtype and shape.
         call: runs the launcher, without arguments. It may run several times.
         tf32: whether float32 operands may be multiplied in tf32, as the torch setting would say.
-        without_tensor_cores: names of kernels whose ``tl.dot`` is too small for wgmma and tcgen05, on purpose.
+        without_tensor_cores: names of kernels that need not multiply by the fastest instructions of the
+            architecture, fed by asynchronous copies: tiles or rows too small for them, on purpose.
         spills: kernel name -> local memory instructions (LDL + STL) accepted outside its innermost product loop,
             where it needs more than tests/ahead_of_time.py lets pass.
     """

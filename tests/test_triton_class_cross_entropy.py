@@ -96,6 +96,18 @@ def test_equals_the_blocked_path(dtype: torch.dtype, with_bias: bool) -> None:
         assert (ours - blocked).norm() <= tolerance * blocked.norm()
 
 
+@pytest.mark.parametrize("width", [144, 70])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tiles_that_ship(dtype: torch.dtype, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several of them and a remainder in each direction, over panels of two tiles."""
+    monkeypatch.undo()
+    monkeypatch.setattr(kernels, "panel_shape", lambda *_: (256, 256))
+    inputs = (*inputs_of(300, 290, width, dtype), torch.rand(300))
+    tolerance = {torch.float64: 1e-13, torch.float32: 2e-6}.get(dtype, 2 * torch.finfo(dtype).eps)
+    for ours, blocked in zip(both_passes(TRITON, *inputs), both_passes(TORCH, *inputs), strict=True):
+        assert (ours - blocked).norm() <= tolerance * blocked.norm()
+
+
 def test_rows_that_are_sure_keep_their_digits() -> None:
     """A lead of 12 at a logit of 96: the loss is 2.4e-4, of which a log-sum-exp in float32 costs 1e-2."""
     weight = torch.full((40, 16), 0.875)
@@ -242,7 +254,7 @@ def test_last_of_all_classes() -> None:
 def test_launch_tables_cover_all_classes(rows: int, classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     for dtype in DTYPES:
-        tile = kernels.logit_tile(dtype, 90, False)
+        tile = kernels.logit_tile(dtype, 512, False)
         splits, per_split = kernels.class_splits(rows, classes, tile)
         tiles = -(-classes // tile.block_classes)
         assert (splits - 1) * per_split < tiles <= splits * per_split
