@@ -161,7 +161,7 @@ def _terms(n: int, d: int, layers: int, samples_per_class: int, item: ItemSizes,
 
 def tile_pairs(n: int, d: int, item: ItemSizes, budget: int, device: str) -> int:
     """Pairs of a tile: by the size of its hidden tensor, and at most an eighth of the budget."""
-    wanted = _TILE_BYTES[device] // (4 * d * item.operand)
+    wanted = _TILE_BYTES.get(device, _TILE_BYTES["cpu"]) // (4 * d * item.operand)
     fits = budget // 8 // _tile_bytes_per_pair(d, item)
     return max(min(wanted, fits, n * n), min(16, n * n), 1)
 

@@ -170,7 +170,7 @@ def memory_plan(embeddings: Tensor, num_layers: int, budget: int | None) -> Memo
         budget = torch.cuda.mem_get_info(embeddings.device)[0] // 2
     elif budget is None:
         budget = default_budget(available_memory())
-    dtype, device = embeddings.dtype, "cuda" if embeddings.is_cuda else "cpu"
+    dtype, device = embeddings.dtype, embeddings.device.type
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     name = str(dtype).removeprefix("torch.")
