@@ -228,7 +228,8 @@ def build_cpu(
     stable = f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000"
     linked = ["-L", str(torch / "lib"), "-ltorch_cpu", "-lc10", "-pthread"]
     with _workplace(objects, target, timeout) as (folder, cache, workers):
-        common = [*command, *CPU_FLAGS, "-I", str(folder)]
+        # Messages name csrc/..., not where it lay when it was compiled.
+        common = [*command, *CPU_FLAGS, f"-ffile-prefix-map={folder}=csrc", "-I", str(folder)]
         registration = [*common, stable, "-isystem", str(torch / "include")]
         kernels, registrations = cpu_sources(folder)
         start = libraries.source_hash(folder)
