@@ -17,6 +17,7 @@ from torch import Tensor
 from gcng.ops import native
 from gcng.ops.blocks import spans
 from gcng.ops.registration import compute_dtype
+from gcng.ops.triton_path import runs_triton
 
 # Queries and references of a tile: 4 MiB of float64 similarities, and enough rows for the GEMM to be busy.
 TILE_QUERIES = 256
@@ -134,6 +135,14 @@ def nearest_rows(
 
     Memory: the results, one tile, and the rows of a block of queries and a tile of references in float64.
     """
+    if runs_triton(query):
+        from gcng.kernels import nearest
+
+        if nearest.holds(k, query.dtype):
+            return nearest.nearest_rows(
+                query, reference, k,
+                centered=centered, self_index=self_index, labels=labels, reference_labels=reference_labels,
+            )  # fmt: skip
     dtype = compute_dtype(query.dtype)
     all_values = query.new_full((query.shape[0], k), -math.inf, dtype=dtype)
     all_indices = torch.full((query.shape[0], k), -1, dtype=torch.int64, device=query.device)
