@@ -17,6 +17,8 @@ from gcng.ops import native
 OPS = (
     "correlation", "attention", "messages", "edges", "gates", "synthesis", "class_cross_entropy", "retrieval",
 )  # fmt: skip
+# C++ kernels that do not carry the name of the op that they serve.
+SERVED = {"topk_merge": ("correlation", "retrieval")}
 
 
 def explain() -> str:
@@ -34,7 +36,7 @@ def explain() -> str:
     lines = [
         f"gcng {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}",
         f"cpu: {os.cpu_count()} cores, {torch.get_num_threads()} threads; default memory budget {format_bytes(budget)}",
-        *(f"  {op}: {blocked}" for op in OPS),
+        *(f"  {op}: {cpu_path(op)}" for op in OPS),
     ]
     if devices:
         names = ", ".join(torch.cuda.get_device_name(i) for i in range(devices))
@@ -49,12 +51,24 @@ def explain() -> str:
     return "\n".join(lines)
 
 
+def cpu_path(op: str) -> str:
+    """What an op runs on the CPU: C++ kernels carry its name, or serve it under another."""
+    if in_reference_mode():
+        return "dense reference: gcng.reference_mode() is on"
+    importlib.import_module("gcng.functional")  # its ops declare the kernels that they call
+    kernels = [name for name in native.declared() if name.startswith(op) or op in SERVED.get(name, ())]
+    if not kernels:
+        return "blocked torch path"
+    if native.cpu_status().path is None:
+        return f"blocked torch path, slower: the C++ kernels {', '.join(kernels)} are not loaded"
+    return f"blocked path with the C++ kernels {', '.join(kernels)}"
+
+
 def extension_lines() -> list[str]:
     """One line each for the compiled CPU and CUDA kernels: what is loaded, for which processors, or why nothing is."""
-    importlib.import_module("gcng.functional")  # its ops declare what they call
     cpu, cuda = native.cpu_status(), native.cuda_status()
-    names, place = ", ".join(native.declared()), f"{cpu.path}, compiled {cpu.flags or 'for any processor'}"
+    flags = cpu.flags or "for any processor"
     return [
-        f"C++ kernels: {names} ({place})" if cpu.path else f"C++ kernels: none; {cpu.cause}",
+        f"C++ kernels: {cpu.path}, compiled {flags}" if cpu.path else f"C++ kernels: none; {cpu.cause}",
         f"CUDA C++ kernels: {cuda.path}, compiled for {cuda.flags}" if cuda.path else f"CUDA C++ kernels: {cuda.cause}",
     ]

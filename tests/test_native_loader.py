@@ -78,6 +78,7 @@ def check_falls_back(cause: str) -> None:
         warnings.simplefilter("error")
         assert F.knn(torch.eye(3), k=1)[0].shape == (3, 1)
     assert native.cpu_status().cause in gcng.explain()
+    assert "retrieval: blocked torch path, slower: the C++ kernels topk_merge are not loaded" in gcng.explain()
 
 
 def test_the_extension_is_built_where_it_can_be():
@@ -257,7 +258,8 @@ def test_reports_say_what_is_loaded(capsys):
     assert (str(status.path) if status.path else status.cause) in shown["extension"]["cpu"]
     assert shown["extension"]["cuda"]
     if status.path:
-        assert "class_layout" in gcng.explain() and str(status.path) in gcng.explain()
+        assert "retrieval: blocked path with the C++ kernels topk_merge" in gcng.explain()
+        assert f"C++ kernels: {status.path}" in gcng.explain()
 
 
 def test_importing_the_loader_loads_nothing():
