@@ -13,6 +13,7 @@ from gcng._version import __version__
 from gcng.memory import available_memory, default_budget, format_bytes
 from gcng.mode import in_reference_mode
 from gcng.ops import native
+from gcng.ops.triton_path import triton_cause
 
 OPS = (
     "correlation", "attention", "messages", "edges", "gates", "synthesis", "class_cross_entropy", "retrieval",
@@ -28,10 +29,6 @@ def explain() -> str:
     """
     has_cuda = torch.version.cuda is not None
     devices = torch.cuda.device_count() if has_cuda else 0
-    triton = "installed" if importlib.util.find_spec("triton") else "not installed"
-    blocked = "blocked torch path: no kernel for this device is part of this version"
-    if in_reference_mode():
-        blocked = "dense reference: gcng.reference_mode() is on"
     budget = default_budget(available_memory())
     lines = [
         f"gcng {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}",
@@ -40,14 +37,11 @@ def explain() -> str:
     ]
     if devices:
         names = ", ".join(torch.cuda.get_device_name(i) for i in range(devices))
-        lines += [f"cuda: {names}", *(f"  {op}: {blocked}" for op in OPS)]
+        lines += [f"cuda: {names}", *(f"  {op}: {cuda_path(op)}" for op in OPS)]
     else:
         reason = "no device is visible" if has_cuda else f"torch {torch.__version__} was built without CUDA"
         lines.append(f"cuda: not available, {reason}")
-    lines += [
-        f"triton: {triton}; no Triton kernel is part of this version",
-        *extension_lines(),
-    ]
+    lines += [f"triton: {triton_cause() or 'usable'}", *extension_lines()]
     return "\n".join(lines)
 
 
@@ -62,6 +56,17 @@ def cpu_path(op: str) -> str:
     if native.cpu_status().path is None:
         return f"blocked torch path, slower: the C++ kernels {', '.join(kernels)} are not loaded"
     return f"blocked path with the C++ kernels {', '.join(kernels)}"
+
+
+def cuda_path(op: str) -> str:
+    """What an op runs on CUDA tensors."""
+    if in_reference_mode():
+        return "dense reference: gcng.reference_mode() is on"
+    if triton_cause():
+        return f"blocked torch path, slower: {triton_cause()}"
+    if op == "synthesis" and native.cuda_status().path is not None:
+        return "CUDA C++ kernels; float64: blocked torch path"
+    return "Triton kernels, products in cuBLAS; float64: blocked torch path"
 
 
 def extension_lines() -> list[str]:
