@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -72,8 +72,15 @@ class Case:
 
     def synthesis(self, kernels: TorchSynthesisKernels, dtype: torch.dtype) -> Synthesis:
         boundaries = [sum(self.counts[:i]) for i in range(len(self.counts) + 1)]
-        kappa = torch.tensor(self.kappa, dtype=FLOAT64)
+        kappa = torch.tensor(self.kappa, dtype=FLOAT64, device=self.z.device)
         return Synthesis(self.z.to(dtype), boundaries, kappa, self.mix.to(dtype), kernels)
+
+    def to(self, device: torch.device | str) -> Case:
+        """The same case on another device."""
+        upstream = tuple(x.to(device) for x in self.upstream)
+        return replace(
+            self, z=self.z.to(device), gate=self.gate.to(device), mix=self.mix.to(device), upstream=upstream
+        )
 
 
 def make_case(
@@ -105,7 +112,7 @@ def run(case: Case, kernels: TorchSynthesisKernels, dtype: torch.dtype, *, widen
     """Everything that the passes give for both anchor sides of the tile; torch takes gates in the dtype of z."""
     synth = case.synthesis(kernels, dtype)
     gate = case.gate.to(dtype) if widen else case.gate
-    grad_gate = torch.full(case.gate.shape, 0.5, dtype=dtype)
+    grad_gate = torch.full(case.gate.shape, 0.5, dtype=dtype, device=case.z.device)
     grads, found = EmbeddingGradients(synth), {}
     for side, name in zip(synth.sides(case.tile), ("rows", "columns"), strict=False):
         view, upstream = side.view(gate), part_of(case, side, dtype)
