@@ -34,12 +34,9 @@ class TritonSynthesisKernels(TorchSynthesisKernels):
         """Distances and the two numbers of each pair; see :class:`~gcng.ops.synthesis_tiles.Geometry`."""
         from gcng.kernels.synthesis import pair_geometry
 
-        block, positive = _block(synthesis, anchors, negatives), synthesis.positive
-        # Equal vectors tie exactly only where both distances are sums in one order.
-        reach = self.positive_distance(synthesis.z, positive)
-        return Geometry(
-            *pair_geometry(block, reach, positive, synthesis.rank, synthesis.weights, synthesis.kappa)
-        )
+        block = _block(synthesis, anchors, negatives)
+        numbers = synthesis.positive_distance, synthesis.positive, synthesis.rank, synthesis.weights, synthesis.kappa
+        return Geometry(*pair_geometry(block, *numbers))
 
     def synthesize(self, side: Side, gate: Tensor, *, need_values: bool) -> Synthetic:
         """See :meth:`~gcng.ops.synthesis_tiles.Side.synthesize`."""
