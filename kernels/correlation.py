@@ -184,7 +184,6 @@ def compilation_cases() -> list[CompilationCase]:
     return [
         CompilationCase("float32, D 512", lambda: _compilation_call(torch.float32, 512)),
         CompilationCase("float32, D 6000", lambda: _compilation_call(torch.float32, 6000)),
-        CompilationCase("float64, D 512", lambda: _compilation_call(torch.float64, 512)),
         CompilationCase("bfloat16, D 384", lambda: _compilation_call(torch.bfloat16, 384)),
         CompilationCase("float16, D 512", lambda: _compilation_call(torch.float16, 512)),
     ]

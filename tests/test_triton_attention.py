@@ -48,11 +48,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, labels: Tensor) -> Tensor:
 OPERATION = replace(OPERATIONS["negative_attention"], function=attention)
 # 16 bits and float64 run the same code: of them the cases that depend on digits, range or the mask are enough.
 ALSO = {
-    torch.float64: ("mxk, confident", "ragged"),
-    torch.bfloat16: ("mxk, large", "skewed"),
+    torch.float64: ("mxk, confident", "skewed"),
+    torch.bfloat16: ("mxk, large",),
     torch.float16: ("mxk, large",),
 }
-LEFT_OUT = ("mxk_triple", "mxk, all_equal")  # four heads, and ties: the same code as others, for many seconds
+LEFT_OUT = ("mxk_triple", "mxk, all_equal", "mxk, zero_row")  # the same code as others, for many seconds
 RUNS = [
     (case, dtype)
     for case, dtype in OPERATION.all_runs()
@@ -83,8 +83,8 @@ def test_close_to_truth(case, dtype) -> None:
 def test_close_to_truth_on_the_shipped_tiles(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """More rows and channels than a shipped tile has, with remainders, in both directions."""
     monkeypatch.setattr(kernels, "attention_schedules", attention_schedules)
-    inputs = random_inputs(68, 1, 72, classes=5, dtype=dtype)
-    upstream = torch.randn(68, 1, 72, dtype=torch.float64).to(dtype)
+    inputs = random_inputs(68, 1, 40, classes=5, dtype=dtype)
+    upstream = torch.randn(68, 1, 40, dtype=torch.float64).to(dtype)
 
     def results(function, kind: torch.dtype) -> list[Tensor]:
         leaves = [inputs[name].to(kind).requires_grad_() for name in "qkv"]
