@@ -64,7 +64,7 @@ def _negative_attention(q: Tensor, k: Tensor, v: Tensor, labels: Tensor) -> tupl
     if runs_triton(q):
         from gcng.kernels import attention
 
-        return attention.negative_attention_forward(q, k, v, labels)
+        return attention.negative_attention_forward(q, k, v, labels.long())
     num_nodes, num_heads, width = q.shape
     queries, keys, values = _by_head(q) / math.sqrt(width), _by_head(k), _by_head(v)
     finite_values = _finite_rows(values)
@@ -139,7 +139,7 @@ def _negative_attention_backward(
     if runs_triton(q):
         from gcng.kernels import attention
 
-        return attention.negative_attention_backward(grad, q, k, v, labels, shares, needed)
+        return attention.negative_attention_backward(grad, q, k, v, labels.long(), shares, needed)
     num_nodes, num_heads, width = q.shape
     scale = math.sqrt(width)
     queries, keys, values, grads = _by_head(q) / scale, _by_head(k), _by_head(v), _by_head(grad)

@@ -139,10 +139,9 @@ def nearest_rows(
         from gcng.kernels import nearest
 
         if nearest.holds(k, query.dtype):
-            return nearest.nearest_rows(
-                query, reference, k,
-                centered=centered, self_index=self_index, labels=labels, reference_labels=reference_labels,
-            )  # fmt: skip
+            exclusions = dict(self_index=self_index, labels=labels, reference_labels=reference_labels)
+            exclusions = {name: x if x is None else x.long() for name, x in exclusions.items()}
+            return nearest.nearest_rows(query, reference, k, centered=centered, **exclusions)
     dtype = compute_dtype(query.dtype)
     all_values = query.new_full((query.shape[0], k), -math.inf, dtype=dtype)
     all_indices = torch.full((query.shape[0], k), -1, dtype=torch.int64, device=query.device)
