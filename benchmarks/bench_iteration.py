@@ -19,11 +19,11 @@ from benchmarks.settings import Setting
 
 WEIGHTS = "weights/"
 MEMORY_ROWS = 1024  # of the cross-batch memory
-# A whole iteration may be off by this much (relative L2) whatever the baseline does. The cap of a single op does not
-# fit: batch normalization takes away most of what the shift of the last edge norm does, and the dense formulation
-# itself has 2e-4 in that gradient. The rules relative to the baseline are those of the tests, but wider: an iteration
-# has a hundred arrays, and each rule of each array can fail by luck.
-CAPS = {torch.float32: 1e-3}
+# A whole iteration may be off by this much (relative L2) whatever the baseline does. Caps of a single op do not fit:
+# batch normalization takes away most of what the shift of a norm does, and the dense definition itself has 1e-1 in that
+# gradient where operands are bfloat16. The rules relative to the baseline are those of the tests, but wider: an
+# iteration has a hundred arrays, and each rule of each array can fail by luck.
+CAPS = {"float32": 1e-3, "tf32": 0.3, "bfloat16": 0.3, "autocast": 0.3}
 FACTORS = (4.0, 6.0)
 
 

@@ -136,17 +136,15 @@ def make_provider(
     raise ValueError(f"make_provider: name is {name!r}; it must be one of {', '.join(ITERATION_PROVIDERS)}")
 
 
-def run_iteration(
-    provider: Provider, batch: Batch, *, keep_gradients: bool = False, with_layout: bool = False
-) -> Outcome:
+def run_iteration(provider: Provider, batch: Batch, *, keep_gradients: bool = False, layout: Any = None) -> Outcome:
     """One iteration.
 
     Args:
         keep_gradients: copy the gradients of each phase (not for measurements of memory).
-        with_layout: hand gcng the batch's classes, which spares it every wait for a GPU.
+        layout: the batch's classes as a `gcng.BatchLayout`, for labels that are on a GPU.
     """
     outcome, criterion = Outcome(), provider.criterion
-    known = {"layout": _layout(batch)} if with_layout else {}
+    known = {} if layout is None else {"layout": layout}
     batch.z.grad = None
     with provider.mode():
         criterion.zero_grad(set_to_none=True)
@@ -165,12 +163,6 @@ def run_iteration(
             outcome.losses[term] = getattr(generator, term).detach()
         _finish_phase("generator", provider, batch, outcome, keep_gradients)
     return outcome
-
-
-def _layout(batch: Batch) -> Any:
-    import gcng
-
-    return gcng.BatchLayout(batch.labels)
 
 
 def _finish_phase(phase: str, provider: Provider, batch: Batch, outcome: Outcome, keep_gradients: bool) -> None:

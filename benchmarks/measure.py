@@ -27,24 +27,31 @@ from benchmarks.plan import Entry
 from benchmarks.results import FOLDER, Results
 
 BUSY = 0.5  # load average above which the machine is not idle
-# Lists of the results file that modules of the same name measure, and the part after which they come.
-LISTS = {"stages": "first", "accuracy": "classes", "overhead": "classes"}
-SMOKE_LISTS = {"stages": "smoke", "accuracy": "smoke", "overhead": "smoke"}
+# Modules that measure a key of the results file of their name, and the part that they come after.
+MODULES = {
+    "cpu": {"stages": "first", "accuracy": "classes", "overhead": "classes"},
+    "gpu": {"stages": "targets", "overhead": "targets", "accuracy": "ops", "sweeps": "ops"},
+    "smoke": {"stages": "smoke", "accuracy": "smoke", "overhead": "smoke"},
+}
+ALL_MODULES = {"rates"}.union(*MODULES.values())
 # Rows that `gcng bench OP` measures: the first ones of the plan that take seconds, on a CPU and on a GPU.
 USER_ROWS, USER_SAMPLES = 3, (160, 4096)
 
 
 def parts_of(options: argparse.Namespace) -> dict[str, list[Entry]]:
-    """All parts in order, rates and lists included (without entries)."""
-    if options.smoke:
-        rows, lists = plan.smoke_plan(), SMOKE_LISTS
+    """All parts in order; those that are modules have no entries."""
+    name = options.plan or ("gpu" if options.device.startswith("cuda") else "cpu")
+    if options.smoke and not options.plan:
+        name, rows = "smoke", plan.smoke_plan()
     else:
-        rows, lists = (plan.gpu_plan() if options.device.startswith("cuda") else plan.cpu_plan()), LISTS
+        rows = plan.gpu_plan() if name == "gpu" else plan.cpu_plan()
+        rows = plan.shrunk(rows) if options.smoke else rows
+    modules = MODULES[name]
     ordered: dict[str, list[Entry]] = {"rates": []}
-    for name, entries in rows.items():
-        ordered[name] = entries
-        ordered |= {each: [] for each, after in lists.items() if after == name}
-    return ordered | {each: [] for each in lists}
+    for part, entries in rows.items():
+        ordered[part] = entries
+        ordered |= {module: [] for module, after in modules.items() if after == part}
+    return ordered
 
 
 def chosen(parts: dict[str, list[Entry]], names: list[str] | None) -> dict[str, list[Entry]]:
@@ -82,10 +89,9 @@ class Run:
     def part(self, name: str, entries: list[Entry]) -> None:
         """Measure what is missing of a part."""
         results = Results.open(self.path, self.options.device)
-        if name == "rates" or name in LISTS:
-            key = "rates" if name == "rates" else name
-            if self.options.force or not results.data[key]:
-                self._module(f"benchmarks.{'rates' if name == 'rates' else name}")
+        if name in ALL_MODULES:
+            if self.options.force or not results.data.get(name):
+                self._module(f"benchmarks.{name}")
             return
         wanted = unfinished(entries, results, self.options.force)
         if self.options.force:
@@ -123,6 +129,8 @@ class Run:
                 *("--threads", str(self.options.threads), "--deadline", str(self.deadline)),
                 *("--truth-flops", str(1e13 if self.options.device.startswith("cuda") else 5e12)),
             ]
+            if self.options.smoke and self.options.plan:
+                command.append("--no-memory")  # a rehearsal of a GPU, where memory needs no processes of its own
             done = subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True, check=False)
             return done.returncode, done.stdout + done.stderr
 
@@ -164,6 +172,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--list", action="store_true", help="print parts and rows, and whether they are done; measure nothing"
     )
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, one round: does everything run?")
+    parser.add_argument("--plan", choices=("cpu", "gpu"), help="whose parts and rows; default: by the device")
     parser.add_argument("--device", default="cpu", help="cpu, or a CUDA device; default cpu")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch; default 2")
     parser.add_argument(
@@ -175,7 +184,7 @@ def listing(parts: dict[str, list[Entry]], results: Results) -> Iterator[str]:
     """Lines of --list."""
     done = {row["name"] for row in results.data["rows"] if row["complete"]}
     for name, entries in parts.items():
-        if not entries:
+        if name in ALL_MODULES:
             yield f"{name}: {'done' if results.data.get(name) else 'missing'}"
         for entry in entries:
             yield f"{name}: {entry.name}: {'done' if entry.name in done else 'missing'}"

@@ -113,8 +113,8 @@ class Operation:
         work: useful operations and bytes of each pass, (setting, bytes of a number) -> {"forward": Work, ...}.
         dense_providers: those whose memory is predicted, and which are not run where it does not fit; growth: what
             their memory is proportional to.
-        small: what ``pytest benchmarks`` measures; tiny: for smoke runs. caps, factors: of the gate, where not the
-            usual ones. arrays_skipped: arrays that are zero in theory.
+        small: what ``pytest benchmarks`` measures; tiny: for smoke runs. caps by precision, factors: of the
+            gate, where not the usual ones. arrays_skipped: arrays that are zero in theory.
     """
 
     name: str
@@ -126,7 +126,7 @@ class Operation:
     growth: Callable[[Setting], float] = lambda setting: setting.samples**2 * setting.embedding_size
     small: Setting = Setting(1, 64, 40)
     tiny: Setting = Setting(1, 16, 8)
-    caps: Mapping[torch.dtype, float] | None = None
+    caps: Mapping[str, float] | None = None
     factors: tuple[float, float] = (2.0, 3.0)
     arrays_skipped: frozenset[str] = frozenset()
 

@@ -87,29 +87,38 @@ def cpu_plan() -> dict[str, list[Entry]]:
     narrow, base, wide = Setting(1, 64, 160), Setting(1, 128, 160), Setting(1, 512, 160)
     every, compiled = (*DENSE, *OURS, *PLAIN), ("published", "published-compiled", "reference", *OURS)
     scaled = sweep(base, embedding_size=(64, 256), num_layers=(2, 3), samples_per_class=(4, 8))
+    few = ("published", "gcng")  # where a call takes a quarter of a minute
     known = {
         "first": [Entry("iteration", wide, every, rounds=5, seconds=45)],
         "wall": [
             *_iterations([replace(base, samples=80)], compiled),
-            *_iterations(sweep(base, samples=SAMPLES)),
-            *_iterations(sweep(wide, samples=(80, 40, 320)), seconds=30),
+            *_iterations(sweep(base, samples=SAMPLES[:-1])),
+            *_iterations(sweep(wide, samples=(80, 40))),
+            *_iterations([replace(base, samples=640), replace(wide, samples=320)], few, rounds=2),
         ],
-        "ops": [Entry(name, setting, _everything(name)) for setting in (wide, base) for name in MODELS],
+        "ops": [
+            *(Entry(name, wide) for name in MODELS),
+            *(Entry(name, base, _everything(name), seconds=8) for name in MODELS),
+        ],
         "classes": [
-            *(Entry("class_cross_entropy", s, seconds=10) for s in sweep(Setting(1, 128, 1024), classes=CLASSES)),
-            *_iterations(sweep(replace(base, samples=80), classes=CLASSES[1:])),
+            *(Entry("class_cross_entropy", s, seconds=8) for s in sweep(Setting(1, 128, 1024), classes=CLASSES)),
+            *_iterations(sweep(replace(base, samples=80), classes=CLASSES[1:]), seconds=10),
         ],
-        "scaling": _iterations(scaled, OURS, seconds=8),
+        "scaling": _iterations(scaled, OURS, seconds=6),
         "grid": [
-            *(Entry(name, s, seconds=5) for name in MODELS for s in sweep(base, samples=SAMPLES)),
-            *_iterations(sweep(narrow, samples=SAMPLES), seconds=5),
-            *(Entry(name, s, seconds=4) for name in MODELS for s in sweep(narrow, samples=SAMPLES)),
+            *(Entry(name, s, _not_compiled(name), seconds=4) for name in MODELS for s in sweep(base, samples=SAMPLES)),
+            *_iterations(sweep(narrow, samples=SAMPLES), seconds=4),
+            *(
+                Entry(name, s, _not_compiled(name), seconds=3)
+                for name in MODELS
+                for s in sweep(narrow, samples=SAMPLES)
+            ),
         ],
         "large": [
-            Entry("retrieval", Setting(1, 128, 16_384)),
+            Entry("retrieval", Setting(1, 128, 16_384), (*OURS, "faiss")),
             *_iterations([replace(base, samples=1024)], (*DENSE, "gcng"), rounds=2),
             *_iterations([replace(wide, samples=640)], (*DENSE, "gcng"), rounds=2),
-            *(Entry(name, s, rounds=3, seconds=4) for name in MODELS for s in sweep(wide, samples=SAMPLES)),
+            *(Entry(n, s, _not_compiled(n), rounds=3, seconds=4) for n in MODELS for s in sweep(wide, samples=SAMPLES)),
         ],
     }
     return _each_once(known)
@@ -156,6 +165,19 @@ def smoke_plan() -> dict[str, list[Entry]]:
             Entry(name, operations.load(name).tiny, _not_compiled(name), rounds=1) for name in operations.OPERATIONS
         ]
     }
+
+
+def shrunk(parts: dict[str, list[Entry]]) -> dict[str, list[Entry]]:
+    """Every entry of a plan at a tiny size, one round: how a plan is rehearsed on another machine."""
+    return _each_once({part: [_tiny(entry) for entry in entries] for part, entries in parts.items()})
+
+
+def _tiny(entry: Entry) -> Entry:
+    tiny, setting = operations.load(entry.operation).tiny, entry.setting
+    samples = max(tiny.samples, 2 * setting.samples_per_class)
+    kept = {"num_layers": setting.num_layers, "samples_per_class": setting.samples_per_class}
+    providers = tuple(name for name in providers_of(entry) if name in _not_compiled(entry.operation))
+    return replace(entry, setting=replace(tiny, samples=samples, **kept), providers=providers, rounds=1, seconds=1.0)
 
 
 def _not_compiled(operation: str) -> tuple[str, ...]:

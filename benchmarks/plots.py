@@ -189,7 +189,7 @@ def draw_roofline(data: dict, plt: Any) -> Any:
             axis.plot(x, y, marker, color=plt.get_cmap("tab20")(index % 20), label=f"{name}, {setting}")
     axis.set(xscale="log", yscale="log", xlabel="useful operations per byte", ylabel="useful operations per second")
     axis.grid(True, which="both", alpha=0.2)
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
     return figure
 
 

@@ -19,13 +19,13 @@ from benchmarks.operations import Build, Form, Inputs, Unavailable
 def without_extension() -> Iterator[None]:
     """Blocked torch, whatever is built and whatever the device."""
     with contextlib.ExitStack() as stack:
-        native = _module("gcng.ops.native")
-        if native is not None:
-            stack.enter_context(native.disabled())
-        dispatch = _module("gcng.ops.dispatch")
-        if dispatch is not None:
-            pair, synthesis = _module("gcng.ops.pair_kernels"), _module("gcng.ops.synthesis_tiles")
-            stack.enter_context(dispatch.forced_kernels(pair.TorchPairKernels(), synthesis.TorchSynthesisKernels()))
+        for name in ("gcng.ops.native", "gcng.ops.triton_path"):
+            module = _module(name)
+            if hasattr(module, "disabled"):
+                stack.enter_context(module.disabled())
+        pair, synthesis = _module("gcng.ops.pair_kernels"), _module("gcng.ops.synthesis_tiles")
+        torch_kernels = pair.TorchPairKernels(), synthesis.TorchSynthesisKernels()
+        stack.enter_context(_module("gcng.ops.dispatch").forced_kernels(*torch_kernels))
         yield
 
 

@@ -19,14 +19,14 @@ GPU_COPY_BYTES = 2**32
 PRODUCTS = {"cpu": ("float32", "float64", "bfloat16"), "cuda": ("float32", "tf32", "bfloat16", "float16")}
 
 
-def product_rate(width: int, precision: str, device: str, calls: int = GEMM_CALLS) -> dict:
+def product_rate(width: int, precision: str, device: str, calls: int = GEMM_CALLS, rows: int | None = None) -> dict:
     """Operations per second of (rows, D) @ (D, 4 D) into memory that exists; median of some calls.
 
     Autocast multiplies in bfloat16; gcng in float16 and bfloat16 on a CPU multiplies in float32.
     """
     place = torch.device(device)
     dtype = torch.bfloat16 if precision == "autocast" else PRECISIONS[precision]
-    rows = GEMM_ROWS if place.type == "cpu" else GPU_ROWS
+    rows = rows or (GEMM_ROWS if place.type == "cpu" else GPU_ROWS)
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(*shape, generator=generator).to(place, dtype) for shape in ((rows, width), (width, 4 * width)))
     out = torch.empty(rows, 4 * width, dtype=dtype, device=place)

@@ -35,7 +35,7 @@ class Results:
         described = machine.machine(device)
         if not path.exists():
             empty = {"format": FORMAT, "machine": described, "versions": machine.versions(), "protocol": {}}
-            return cls(path, empty | {"rates": {}, "rows": [], **{name: [] for name in LISTS}})
+            return cls(path, empty | {"rates": {}, "sweeps": {}, "rows": [], **{name: [] for name in LISTS}})
         data = json.loads(path.read_text(encoding="utf-8"))
         if data.get("format") != FORMAT:
             raise ValueError(f"{path} has format {data.get('format')}, expected {FORMAT}; measure into another file")

@@ -1,0 +1,128 @@
+"""Checks of the GPU suite that are no timings: repeats bit for bit, what a sanitizer or a test run said.
+
+    python -m benchmarks.checks repeats --results FILE --device cuda     # 250 times the same bits, on two shapes
+    python -m benchmarks.checks once --device cuda                       # every op once: what a sanitizer runs
+    python -m benchmarks.checks record PART CODE LOG --results FILE      # exit code and log of another program
+
+Each writes one entry of `checks` in the results file: passed, failed, or not run with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks import machine, operations
+from benchmarks.operations import Operation, Unavailable
+from benchmarks.results import Results
+from benchmarks.settings import Setting
+from tests.run_case import equal_bits
+
+REPEATS, SMOKE_REPEATS = 250, 3
+SHAPES = (Setting(1, 512, 256), Setting(1, 256, 1024))
+SANITIZED = Setting(1, 64, 48)
+NOT_RUN = ("Device not supported", "command not found", "No such file or directory")
+CLEAN = (r"ERROR SUMMARY: 0 errors", r"RACECHECK SUMMARY: 0 hazards displayed \(0 errors, 0 warnings\)")
+
+
+def repeats(device: str, *, smoke: bool = False) -> dict:
+    """Losses and gradients of an iteration again and again: the first repeat that differs in a bit fails."""
+    iteration = operations.load("iteration")
+    precision = "float32" if device == "cpu" else "bfloat16"
+    shapes, count = ((iteration.tiny,), SMOKE_REPEATS) if smoke else (SHAPES, REPEATS)
+    start, details = time.time(), []
+    for setting in shapes:
+        ready = iteration.prepare("gcng", setting, precision, device)
+        first = ready.arrays()
+        for repeat in range(1, count):
+            again = ready.arrays()
+            wrong = sorted(name for name, x in first.items() if not equal_bits(x, again[name]))
+            if wrong:
+                text = f"{setting.name} {precision}: repeat {repeat} differs in {', '.join(wrong[:5])}"
+                return {"status": "failed", "details": text, "seconds": time.time() - start}
+        details.append(f"{setting.name} {precision}: {count} times the same bits")
+    return {"status": "passed", "details": "; ".join(details), "seconds": time.time() - start}
+
+
+def once(device: str, *, smoke: bool = False) -> list[str]:
+    """Every op forward and backward, once, on a small shape; names of those whose results are not finite."""
+    bad = []
+    for name in operations.OPERATIONS:
+        operation = operations.load(name)
+        bad += _not_finite(operation, operation.tiny if smoke else SANITIZED, device)
+    return bad
+
+
+def _not_finite(operation: Operation, setting: Setting, device: str) -> list[str]:
+    bad = []
+    for precision in ("float32", "bfloat16"):
+        try:
+            arrays = operation.prepare("gcng", setting, precision, device).arrays()
+        except Unavailable:
+            continue
+        names = [key for key, x in arrays.items() if not bool(torch.isfinite(x).all())]
+        bad += [f"{operation.name} {precision} {key}" for key in names]
+    return bad
+
+
+def judged(part: str, code: int, log: str) -> dict:
+    """What a program's exit code and log mean."""
+    for reason in NOT_RUN:
+        if reason in log and not re.search(r"\d+ passed", log):
+            return {"status": "not run", "details": reason}
+    if code == 124:
+        return {"status": "not run", "details": "ran out of the time that the suite gives it"}
+    if part.startswith("sanitizer"):
+        clean = any(re.search(pattern, log) for pattern in CLEAN)
+        lines = [line.strip("= ") for line in log.splitlines() if "SUMMARY" in line]
+        status = "passed" if clean and code == 0 else "failed"
+        return {"status": status, "details": "; ".join(lines) or f"exit code {code}, no summary"}
+    counted = re.findall(r"^=* ?(.*(?:passed|failed|skipped|error).*? in [0-9.]+s.*?) ?=*$", log, re.MULTILINE)
+    words = counted[-1] if counted else (log.strip().splitlines() or ["no output"])[-1]
+    if code == 0 and re.search(r"\d+ skipped", words) and "passed" not in words:
+        return {"status": "not run", "details": words}
+    return {"status": "passed" if code == 0 else "failed", "details": words}
+
+
+def store(results: Results, part: str, entry: dict) -> None:
+    """Replace the entry of a part."""
+    others = [one for one in results.data["checks"] if one["part"] != part]
+    results.data["checks"] = [*others, {"part": part, **entry, **machine.revision()}]
+    results.save()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; exit status 1 where a check failed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.checks", description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, few repeats")
+    actions = parser.add_subparsers(dest="action", required=True)
+    for name in ("repeats", "once"):
+        actions.add_parser(name)
+    record = actions.add_parser("record")
+    record.add_argument("part")
+    record.add_argument("code", type=int)
+    record.add_argument("log", type=Path)
+    options = parser.parse_args(arguments)
+    if options.action == "once":
+        bad = once(options.device, smoke=options.smoke)
+        print("not finite: " + ", ".join(bad) if bad else "every result is finite")
+        return 1 if bad else 0
+    if options.action == "repeats":
+        part, entry = "repeats", repeats(options.device, smoke=options.smoke)
+    else:
+        part = options.part
+        entry = judged(part, options.code, options.log.read_text(encoding="utf-8", errors="replace"))
+    store(Results.open(options.results, options.device), part, entry)
+    print(f"{part}: {entry['status']}: {entry['details']}")
+    return 1 if entry["status"] == "failed" else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

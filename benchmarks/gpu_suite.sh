@@ -1,0 +1,181 @@
+#!/usr/bin/env bash
+# Everything that is measured and checked on a GPU, the most valuable part first, in less than ten minutes.
+#
+#   benchmarks/gpu_suite.sh                       all parts; what the results file already holds is skipped
+#   benchmarks/gpu_suite.sh tests targets         some parts, in this order
+#   benchmarks/gpu_suite.sh --force stages        again
+#   benchmarks/gpu_suite.sh --list                the parts
+#   benchmarks/gpu_suite.sh --dry-run             every command at tiny sizes on the CPU
+#
+# Results go to $OUT if it is set, else to benchmarks/results: one JSON file named after the GPU, and gpu-suite.log.
+# A file of that name in benchmarks/results is gone on with. GPU_SUITE_SECONDS (default 570) bounds the whole run: a part
+# that would start later is left for the next run. PYTHON names the interpreter.
+set -uo pipefail
+
+PARTS=(build tests repeats sanitizer-memcheck sanitizer-racecheck rates first targets stages overhead wall ops accuracy
+  sweeps scaling)
+DESCRIPTIONS=(
+  "install in place and compile the extension" "GPU tests: correctness of all kernels" "250 repeats bit for bit, two shapes"
+  "compute-sanitizer memcheck, every op" "compute-sanitizer racecheck, every op" "product and copy rates of the card"
+  "one iteration, N = 1024" "the table of targets" "time by op, roofline, share of the product rate"
+  "cost of a call, CUDA graph" "the wall: dense forms beside gcng" "every op beside its peers"
+  "error against float64 by dtype" "launch tables, panel sizes, time by kernel" "exponents over D, L, K")
+# Seconds that a part may take; together more than the whole, since most need less.
+declare -A LIMIT=([build]=150 [tests]=150 [repeats]=60 [sanitizer-memcheck]=60 [sanitizer-racecheck]=60 [rates]=30
+  [first]=60 [targets]=120 [stages]=60 [overhead]=60 [wall]=120 [ops]=120 [accuracy]=60 [sweeps]=90 [scaling]=90)
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=${PYTHON:-python3}
+seconds=${GPU_SUITE_SECONDS:-570}
+device=cuda dry=0 force=() chosen=()
+for word in "$@"; do
+  case $word in
+    --dry-run) dry=1 device=cpu ;;
+    --force) force=(--force) ;;
+    --list) for i in "${!PARTS[@]}"; do printf '%-20s %s\n' "${PARTS[i]}" "${DESCRIPTIONS[i]}"; done; exit 0 ;;
+    -h | --help) sed -n '2,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    *)
+      if [[ " ${PARTS[*]} " != *" $word "* ]]; then
+        echo "gpu_suite.sh: no part '$word'; parts are: ${PARTS[*]}" >&2
+        exit 2
+      fi
+      chosen+=("$word") ;;
+  esac
+done
+((${#chosen[@]})) || chosen=("${PARTS[@]}")
+
+folder=${OUT:-$root/benchmarks/results}
+mkdir -p "$folder" || exit 1
+folder=$(cd "$folder" && pwd)
+cd "$root" || exit 1
+log=$folder/gpu-suite.log
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+small=() && ((dry)) && small=(--smoke)
+failed=()
+
+say() { echo "$(date +%H:%M:%S) $*" | tee -a "$log"; }
+
+# gcng.kernels lies beside gcng/: without an installation a folder of links makes one package of both.
+link_checkout() {
+  mkdir -p "$scratch/site/gcng"
+  ln -sfn "$root"/gcng/* "$scratch/site/gcng/"
+  ln -sfn "$root/kernels" "$scratch/site/gcng/kernels"
+  export PYTHONPATH=$scratch/site:$root${PYTHONPATH:+:$PYTHONPATH}
+}
+
+use_checkout() {
+  local probe='import gcng, gcng.kernels, os, sys; sys.exit(not os.path.realpath(gcng.__file__).startswith(sys.argv[1]))'
+  "$python" -c "$probe" "$root/" 2>/dev/null && return
+  if ! ((dry)) && "$python" -m pip install -q --no-index --no-deps --no-build-isolation -e . >>"$log" 2>&1; then
+    "$python" -c "$probe" "$root/" 2>/dev/null && { say "installed in place"; return; }
+  fi
+  link_checkout
+  "$python" -c "$probe" "$root/" && { say "not installed: a folder of links stands in"; return; }
+  say "gcng of this checkout cannot be imported by $python"
+  exit 1
+}
+
+results_name() {
+  "$python" -c 'import sys; from benchmarks import machine as m; print(m.file_name(m.machine(sys.argv[1])))' "$device"
+}
+
+# run PART COMMAND...: bounded in time, its output in the log and in $scratch/PART.
+run() {
+  local part=$1
+  shift
+  echo "\$ $*" >>"$log"
+  timeout --kill-after=10 "$(bound "$part")" "$@" >"$scratch/$part" 2>&1
+  local code=$?
+  cat "$scratch/$part" >>"$log"
+  return $code
+}
+
+left() { echo $((seconds - SECONDS)); }
+# Seconds for a part: its limit, or ${most} where the caller has set it, and no more than what is left.
+bound() { local limit=${most:-${LIMIT[$1]}}; (($(left) < limit)) && limit=$(left); echo $((limit > 5 ? limit : 5)); }
+
+check() { "$python" -m benchmarks.checks --results "$results" --device "$device" "${small[@]}" "$@" 2>&1 | tee -a "$log" | tail -n 1; }
+
+# record PART CODE: what a program said becomes an entry of the results file.
+record() { check record "$1" "$2" "$scratch/$1"; }
+
+is_done() {
+  ((${#force[@]})) && return 1
+  "$python" - "$results" "$1" <<'PY'
+import json, pathlib, sys
+path, part = pathlib.Path(sys.argv[1]), sys.argv[2]
+checks = json.loads(path.read_text())["checks"] if path.exists() else []
+sys.exit(not any(one["part"] == part and one["status"] == "passed" for one in checks))
+PY
+}
+
+measure() {
+  local minutes
+  minutes=$("$python" -c "print($(bound "$1") / 60)")
+  # The limit is on starting a row; the process itself may use what is left of the whole run.
+  local most=$seconds
+  run "$1" "$python" -m benchmarks.measure --plan gpu --device "$device" --json "$results" \
+    --parts "$1" --minutes "$minutes" --threads "$(nproc)" "${force[@]}" "${small[@]}"
+}
+
+part_build() {
+  local cuda=() && ((!dry)) && command -v nvcc >/dev/null && cuda=(--cuda)
+  run build "$python" -m gcng build "${cuda[@]}"
+  record build $?
+}
+
+part_tests() {
+  local files
+  mapfile -t files < <(grep -lE 'mark\.gpu' tests/test_*.py)
+  run tests "$python" -m pytest "${files[@]}" -q -m gpu -p no:cacheprovider -o timeout=120
+  record tests $?
+}
+
+part_repeats() {
+  run repeats "$python" -m benchmarks.checks --results "$results" --device "$device" "${small[@]}" repeats
+  local code=$?
+  tail -n 1 "$scratch/repeats"
+  return $code
+}
+
+sanitized() {
+  local part=$1
+  shift
+  if ((dry)); then
+    run "$part" "$python" -m benchmarks.checks --device cpu --smoke once || return 1
+    echo "command not found: compute-sanitizer is not started by --dry-run" >>"$scratch/$part"
+  else
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 run "$part" compute-sanitizer "$@" "$python" -m benchmarks.checks --device cuda once
+  fi
+  record "$part" $?
+}
+
+part_sanitizer-memcheck() { sanitized sanitizer-memcheck --tool memcheck --error-exitcode 9; }
+part_sanitizer-racecheck() { sanitized sanitizer-racecheck --tool racecheck --error-exitcode 9; }
+
+use_checkout
+results=$folder/$(results_name) || exit 1
+kept=$root/benchmarks/results/$(basename "$results")
+((dry)) || { [[ -f $kept && ! -f $results ]] && cp "$kept" "$results"; }
+
+for part in "${chosen[@]}"; do
+  if (($(left) < 15)); then
+    say "$part: left for the next run, the time is used up"
+    continue
+  fi
+  if is_done "$part"; then
+    say "$part: done"
+    continue
+  fi
+  start=$SECONDS
+  if declare -F "part_$part" >/dev/null; then
+    "part_$part"
+  else
+    measure "$part"
+  fi && state=ok || { state=failed; failed+=("$part"); tail -n 5 "$scratch/$part" >&2; }
+  say "$part: $state, $((SECONDS - start)) s"
+done
+
+say "results: $results"
+((${#failed[@]} == 0)) || { say "failed: ${failed[*]}"; exit 1; }

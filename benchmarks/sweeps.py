@@ -1,0 +1,203 @@
+"""What could be tuned on a GPU: every launch table around its shipped row, panel sizes, and where kernels spend time.
+
+Nothing here changes a table: it prints what each change of one field would give, and writes it to `sweeps` of the
+results file, which a table's line may then cite. A launch table is any function of `gcng.kernels` whose result is a
+frozen schedule.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import os
+import pkgutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, fields, replace
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from benchmarks import machine, operations, rates
+from benchmarks.memory import one_line
+from benchmarks.operations import Ready
+from benchmarks.results import open_results
+from benchmarks.settings import Setting
+
+ROUNDS = 5
+SECONDS = 45.0  # for all tables together
+OPS = ("class_cross_entropy", "messages", "edges", "attention", "synthesis")
+SETTING, ITERATION = Setting(1, 512, 1024), Setting(1, 512, 2048)
+PANELS = (1024, 4096, 8448, 16_896, 33_792)
+WARPS, STAGES = (4, 8), (2, 3, 4)
+TOP_KERNELS = 30
+
+
+@contextlib.contextmanager
+def kernels_run(device: str) -> Iterator[bool]:
+    """Whether Triton kernels run on the device: on a GPU, or anywhere where TRITON_INTERPRET=1 interprets them."""
+    if device.startswith("cuda"):
+        yield True
+    elif os.environ.get("TRITON_INTERPRET") == "1":
+        with importlib.import_module("gcng.ops.triton_path").triton_everywhere():
+            yield True
+    else:
+        yield False
+
+
+def kernel_modules() -> list[ModuleType]:
+    """All modules of gcng.kernels."""
+    package = importlib.import_module("gcng.kernels")
+    return [importlib.import_module(f"gcng.kernels.{one.name}") for one in pkgutil.iter_modules(package.__path__)]
+
+
+def launch_tables(modules: list[ModuleType]) -> dict[str, Callable]:
+    """Functions that return a schedule, by "module.function"."""
+    schedule = importlib.import_module("gcng.kernels.launch").Schedule
+    found = {}
+    for module in modules:
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            if function.__module__ != module.__name__:
+                continue
+            wanted = inspect.signature(function, eval_str=True).return_annotation
+            if inspect.isclass(wanted) and issubclass(wanted, schedule):
+                found[f"{module.__name__.rpartition('.')[2]}.{name}"] = function
+    return found
+
+
+@contextlib.contextmanager
+def table_replaced(modules: list[ModuleType], table: Callable, by: Callable) -> Iterator[None]:
+    """Every module that holds a table under any name holds another function instead."""
+    places = [(module, name) for module in modules for name, value in vars(module).items() if value is table]
+    for module, name in places:
+        setattr(module, name, by)
+    try:
+        yield
+    finally:
+        for module, name in places:
+            setattr(module, name, table)
+
+
+def variants(shipped: Any) -> Iterator[tuple[str, Any]]:
+    """Schedules that differ from the shipped one in one field: what changed, in words, and the schedule."""
+    for one in fields(shipped):
+        value = getattr(shipped, one.name)
+        if isinstance(value, bool) or not isinstance(value, int):
+            continue
+        choices = {"num_warps": WARPS, "num_stages": STAGES}.get(one.name)
+        if choices is None:
+            choices = (value // 2, value * 2) if one.name.startswith("block") else ()
+        for choice in choices:
+            if choice != value and choice >= 1:
+                yield f"{one.name} {value} -> {choice}", replace(shipped, **{one.name: choice})
+
+
+def seconds_of(ready: Ready, rounds: int = ROUNDS) -> float:
+    """Median of a whole call, after one to warm up."""
+    ready.run()
+    passes = [ready.run() for _ in range(rounds)]
+    return statistics.median(one.get("both", one["forward"]) for one in passes)
+
+
+def sweep(
+    operation: str, setting: Setting, precision: str, device: str, until: float, rounds: int = ROUNDS
+) -> list[dict]:
+    """One row per table that the op asks: time as shipped, and with each change."""
+    modules = kernel_modules()
+    ready = operations.load(operation).prepare("gcng", setting, precision, device)
+    rows = []
+    for name, table in launch_tables(modules).items():
+        asked: list[Any] = []
+
+        def noted(*arguments: Any, table: Callable = table, asked: list[Any] = asked, **named: Any) -> Any:
+            asked.append(table(*arguments, **named))
+            return asked[-1]
+
+        with table_replaced(modules, table, noted):
+            shipped_seconds = seconds_of(ready, rounds)
+        if not asked:
+            continue
+        row = {"operation": operation, "setting": setting.name, "precision": precision, "table": name}
+        row |= {"shipped": asdict(asked[0]), "seconds": shipped_seconds, "changes": []}
+        rows.append(row)
+        for words, schedule in variants(asked[0]):
+            if time.time() > until:
+                row["changes"].append({"change": words, "reason": "no time left"})
+                continue
+            try:
+                with table_replaced(modules, table, lambda *_, schedule=schedule, **__: schedule):
+                    row["changes"].append({"change": words, "seconds": seconds_of(ready, rounds)})
+            except Exception as error:  # too much shared memory, too few registers, a tile that does not divide
+                row["changes"].append({"change": words, "reason": one_line(error)})
+    return rows
+
+
+def panels(setting: Setting, precision: str, device: str, sizes: tuple[int, ...]) -> list[dict]:
+    """An iteration with other panel sizes, and a product of as many rows beside it."""
+    ready = operations.load("iteration").prepare("gcng", setting, precision, device)
+    from gcng.nn.graph import CorrelationGraph
+
+    planned, rows = CorrelationGraph.memory_plan, []
+    for size in sizes:
+        row = {"operation": "iteration", "setting": setting.name, "precision": precision, "pairs_per_tile": size}
+        row["gemm_flops"] = rates.product_rate(setting.embedding_size, precision, device, rows=size)["flops"]
+        try:
+            CorrelationGraph.memory_plan = lambda self, z, size=size: replace(planned(self, z), pairs_per_tile=size)
+            row["seconds"] = seconds_of(ready, 3)
+        except (MemoryError, RuntimeError) as error:
+            row["reason"] = one_line(error)
+        finally:
+            CorrelationGraph.memory_plan = planned
+        rows.append(row)
+    return rows
+
+
+def kernels_of(setting: Setting, precision: str, device: str) -> dict:
+    """Device time of one iteration by kernel (on a CPU by op), the largest first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    ready = operations.load("iteration").prepare("gcng", setting, precision, device)
+    ready.run()
+    on_gpu = torch.device(device).type == "cuda"
+    activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+    with profile(activities=[activity]) as profiled:
+        ready.run()
+    kind = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    events = sorted(profiled.key_averages(), key=lambda event: -getattr(event, kind))
+    kernels = [{"kernel": e.key[:120], "seconds": getattr(e, kind) / 1e6, "calls": e.count} for e in events]
+    total = sum(one["seconds"] for one in kernels)
+    return {"setting": setting.name, "precision": precision, "seconds": total, "kernels": kernels[:TOP_KERNELS]}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measures all of it into a results file."""
+    options, results = open_results(arguments, __doc__)
+    device, on_gpu = options.device, options.device.startswith("cuda")
+    precision = "bfloat16" if on_gpu else "float32"
+    tiny = operations.load("iteration").tiny
+    small, large = (tiny, tiny) if options.smoke else (SETTING, ITERATION)
+    results.data["sweeps"] = {"kernels": [kernels_of(small, precision, device)], **machine.revision()}
+    results.save()
+    sizes = (16, 64) if options.smoke else PANELS
+    results.data["sweeps"]["panels"] = panels(large, precision, device, sizes)
+    results.save()
+    results.data["sweeps"]["tables"] = rows = []
+    with kernels_run(device) as running:
+        until = time.time() + SECONDS
+        for name in OPS[: 1 if options.smoke else None] if running else ():
+            setting = operations.load(name).tiny if options.smoke else SETTING
+            rows += sweep(name, setting, precision, device, until, 1 if options.smoke else ROUNDS)
+            results.save()
+    for row in rows:
+        best = min((c for c in row["changes"] if "seconds" in c), key=lambda c: c["seconds"], default=None)
+        if best and best["seconds"] < 0.97 * row["seconds"]:
+            print(f"{row['operation']} {row['table']}: {best['change']}: x {best['seconds'] / row['seconds']:.2f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

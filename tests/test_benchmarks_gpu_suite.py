@@ -1,0 +1,135 @@
+"""The GPU suite, rehearsed: every command of `benchmarks/gpu_suite.sh` on the CPU, at tiny sizes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import checks, operations, plan, sweeps
+from benchmarks.settings import Setting
+
+ROOT = Path(__file__).resolve().parents[1]
+SUITE = ROOT / "benchmarks" / "gpu_suite.sh"
+MEASURED = ("rates", "first", "targets", "stages", "overhead", "wall", "ops", "accuracy", "sweeps", "scaling")
+
+
+def suite(*words, out, **environment):
+    settings = os.environ | {"OUT": str(out), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run([str(SUITE), *words], env=settings, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.timeout(1500)
+def test_a_dry_run_goes_through_every_part_and_a_second_one_skips_what_is_done(tmp_path):
+    done = suite("--dry-run", out=tmp_path, GPU_SUITE_SECONDS="1200", TRITON_INTERPRET="1")
+    log = (tmp_path / "gpu-suite.log").read_text()
+    assert done.returncode == 0, done.stdout + done.stderr + log[-4000:]
+    (path,) = tmp_path.glob("*.json")
+    results = json.loads(path.read_text())
+    status = {one["part"]: one["status"] for one in results["checks"]}
+    assert status["repeats"] == "passed" and status["build"] in ("passed", "not run")
+    assert status["sanitizer-memcheck"] == status["sanitizer-racecheck"] == "not run"
+    assert status["tests"] == "not run" or torch.cuda.is_available()
+    for name in ("rates", "stages", "overhead", "accuracy", "sweeps"):
+        assert results[name], name
+    names = {row["name"] for row in results["rows"] if row["complete"]}
+    assert {entry.name for entries in plan.shrunk(plan.gpu_plan()).values() for entry in entries} == names
+    timed = [row for row in results["rows"] if any("time" in one for one in row["providers"].values())]
+    assert len(timed) == len(results["rows"])
+    again = suite("--dry-run", "repeats", "first", "stages", out=tmp_path)
+    assert again.returncode == 0 and "repeats: done" in again.stdout
+    assert json.loads(path.read_text())["rows"] == results["rows"]
+
+
+def test_parts_are_listed_and_unknown_ones_refused(tmp_path):
+    listed = suite("--list", out=tmp_path).stdout
+    assert listed.split()[0] == "build" and all(f"\n{name}" in listed for name in MEASURED)
+    wrong = suite("--dry-run", "nothing", out=tmp_path)
+    assert wrong.returncode == 2 and "no part 'nothing'" in wrong.stderr
+    assert set(MEASURED) - {"rates", "stages", "overhead", "accuracy", "sweeps"} == set(plan.gpu_plan())
+
+
+def test_what_does_not_fit_into_the_time_is_left_for_the_next_run(tmp_path):
+    done = suite("--dry-run", "first", out=tmp_path, GPU_SUITE_SECONDS="10")
+    assert done.returncode == 0 and "first: left for the next run" in done.stdout
+    assert not list(tmp_path.glob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("part", "code", "log", "status"),
+    [
+        ("tests", 0, "===== 26 passed, 2 skipped in 31.02s =====", "passed"),
+        ("tests", 0, "26 skipped in 0.24s", "not run"),
+        ("tests", 1, "1 failed, 25 passed in 9.1s", "failed"),
+        ("tests", 124, "..........", "not run"),
+        ("sanitizer-memcheck", 0, "===== ERROR SUMMARY: 0 errors", "passed"),
+        ("sanitizer-memcheck", 9, "===== ERROR SUMMARY: 3 errors", "failed"),
+        ("sanitizer-memcheck", 0, "nothing was said", "failed"),
+        ("sanitizer-racecheck", 0, "=== RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", "passed"),
+        ("sanitizer-racecheck", 9, "=== RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)", "failed"),
+        ("sanitizer-racecheck", 1, "Error: Device not supported", "not run"),
+        ("build", 127, "timeout: failed to run command: No such file or directory", "not run"),
+    ],
+)
+def test_what_never_ran_never_counts_as_passed(part, code, log, status):
+    assert checks.judged(part, code, log)["status"] == status
+
+
+def test_a_repeat_that_differs_in_one_bit_fails(monkeypatch):
+    assert checks.repeats("cpu", smoke=True)["status"] == "passed"
+    arrays, calls = operations.Ready.arrays, []
+
+    def disturbed(self):
+        found = arrays(self)
+        calls.append(self)
+        if len(calls) == 3:
+            found["loss n_pair"] = torch.nextafter(found["loss n_pair"], torch.tensor(9.0))
+        return found
+
+    monkeypatch.setattr(operations.Ready, "arrays", disturbed)
+    result = checks.repeats("cpu", smoke=True)
+    assert result["status"] == "failed" and "repeat 2 differs in loss n_pair" in result["details"]
+
+
+def test_results_that_are_not_finite_are_named(monkeypatch):
+    assert checks.once("cpu", smoke=True) == []
+    monkeypatch.setattr(operations.Ready, "arrays", lambda self: {"output": torch.tensor(float("nan"))})
+    assert "messages float32 output" in checks.once("cpu", smoke=True)
+
+
+@dataclass(frozen=True)
+class Table:
+    num_warps: int = 8
+    num_stages: int = 2
+    block_rows: int = 64
+    even: bool = True
+
+
+def test_a_sweep_changes_one_field_at_a_time_and_puts_the_table_back():
+    words = [change for change, _ in sweeps.variants(Table())]
+    assert words == [
+        "num_warps 8 -> 4", "num_stages 2 -> 3", "num_stages 2 -> 4", "block_rows 64 -> 32", "block_rows 64 -> 128",
+    ]  # fmt: skip
+    module = type(sys)("example")
+    module.table = module.same = table = lambda: Table()
+    with sweeps.table_replaced([module], table, lambda: Table(4)):
+        assert module.table().num_warps == module.same().num_warps == 4
+    assert module.table is module.same is table
+
+
+def test_the_plan_of_a_gpu_holds_what_the_targets_read():
+    names = {entry.name: entry for entries in plan.gpu_plan().values() for entry in entries}
+    for n in (80, 1024, 2048, 4096, 8192):
+        assert "gcng" in plan.providers_of(names[f"iteration/N{n}-D512-L1/bfloat16"])
+    for n in (4096, 16_384):
+        assert "gcng-recompute" in plan.providers_of(names[f"iteration/N{n}-D512-L1/bfloat16"])
+    for precision in ("tf32", "float32"):
+        assert "reference" in plan.providers_of(names[f"iteration/N512-D512-L1/{precision}"])
+    assert names["iteration/N4096-D512-L1-C11318/bfloat16"].setting == Setting(1, 512, 4096, classes=11_318)
+    assert "liger" in plan.providers_of(names["class_cross_entropy/N32768-D512-L1-C131072/bfloat16"])
