@@ -160,6 +160,7 @@ def streamed_logit_gradient(
     need_weight: bool,
     need_rows: bool = True,
     need_bias: bool | None = None,
+    weight_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``gcng.ops.streamed_logits.streamed_logit_gradient`` on a GPU: same arguments, same results.
 
@@ -175,7 +176,7 @@ def streamed_logit_gradient(
     unit = _panel_unit(rows, row_scale)
     scale = torch.where(known, row_scale.to(dtype) if unit is None else row_scale.to(dtype) / unit, math.nan)
     grad_rows = rows.new_zeros((num_rows, width), dtype=dtype) if need_rows else None
-    grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else None
+    grad_weight = weight.new_empty(weight.shape, dtype=weight_dtype or weight.dtype) if need_weight else None
     grad_bias = rows.new_zeros((num_classes,), dtype=dtype) if wants_bias else None
     panel_of = _panel_maker(rows, weight, bias, target, lse.contiguous(), scale, wants_bias)
     row_block, class_block = panel_shape(num_rows, num_classes, width, _choose_tile(rows)[0])

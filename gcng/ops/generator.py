@@ -176,16 +176,15 @@ class _GateGradient:
     def _synthetic(self, side: Side, syn: Synthetic, need_classifier: bool) -> SyntheticGradients:
         """Gradients of the synthetic negatives of a side."""
         scale = torch.where(side.valid, self.scale_entropy, torch.zeros_like(self.scale_entropy))
-        # Gradients of the classifier are summed over tiles, in the dtype of the weight that is handed over.
-        weight = self.classes.weight if need_classifier else self._weight
         grad, grad_weight, grad_bias = streamed_logit_gradient(
-            syn.values.flatten(0, 1).to(weight.dtype),
-            weight,
+            syn.values.flatten(0, 1).to(self._weight.dtype),
+            self._weight,
             self.classes.bias,
             _rows_of(side, self.classes),
             self.lse[side.anchors, side.classes].reshape(-1),
             scale.expand(side.shape).reshape(-1),
             need_weight=need_classifier,
+            weight_dtype=self.gates.field.dtype,  # a sum over tiles
         )
         if need_classifier:
             self._add_classifier(grad_weight, grad_bias)

@@ -86,6 +86,7 @@ def streamed_logit_gradient(
     need_weight: bool,
     need_rows: bool = True,
     need_bias: bool | None = None,
+    weight_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of ``sum_r row_scale[r] (lse[r] - logit[r, target[r]])``, every logit computed again.
 
@@ -93,11 +94,11 @@ def streamed_logit_gradient(
         rows: (R, D). weight: (C, D). bias: (C,) or None. target: (R,) int64. lse: (R,) of
             :func:`streamed_logsumexp`. row_scale: (R,) upstream gradient of each row.
         need_weight: whether to return the gradient of weight; need_rows: that of rows; need_bias: that of
-            bias, None as need_weight.
+            bias, None as need_weight. weight_dtype: of the gradient of weight; None is the dtype of ``weight``.
 
     Returns:
         grad_rows (R, D), grad_weight (C, D), grad_bias (C,), None where not needed; rows and bias in float32
-        (float64 for float64 rows), the weight's, summed over rows in that dtype, in the dtype of ``weight``.
+        (float64 for float64 rows), the weight's, summed over rows in that dtype, in ``weight_dtype``.
         A target outside [0, C) makes the gradient NaN.
 
     Memory: the results and one tile of logits.
@@ -107,7 +108,7 @@ def streamed_logit_gradient(
 
         return class_cross_entropy.streamed_logit_gradient(
             rows, weight, bias, target, lse, row_scale,
-            need_weight=need_weight, need_rows=need_rows, need_bias=need_bias,
+            need_weight=need_weight, need_rows=need_rows, need_bias=need_bias, weight_dtype=weight_dtype,
         )  # fmt: skip
     dtype = compute_dtype(rows.dtype)
     (num_rows, width), num_classes = rows.shape, weight.shape[0]
@@ -118,7 +119,7 @@ def streamed_logit_gradient(
     high = lse.to(dtype).unsqueeze(1)
     scaled_rest = scale * (high - lse.unsqueeze(1)).exp().to(dtype)
     grad_rows = rows.new_zeros((num_rows, width), dtype=dtype) if need_rows else None
-    grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else None
+    grad_weight = weight.new_empty(weight.shape, dtype=weight_dtype or weight.dtype) if need_weight else None
     grad_bias = rows.new_zeros((num_classes,), dtype=dtype) if wants_bias else None
     row_block, class_block = _tile_shape(num_rows, num_classes)
     for classes in spans(num_classes, class_block):
