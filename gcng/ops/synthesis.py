@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,27 +27,60 @@ from gcng.ops.validation import (
 DENSE_PAIRS = 4096  # (anchor, negative) pairs of one block of the dense form
 
 
+def _class_order(labels: Tensor, device: torch.device) -> tuple[Tensor, Sequence[int]]:
+    """Class-major order of a batch on a device, and its class starts, which end with N."""
+    if labels.device.type == "cpu":
+        return _class_order_of(tuple(labels.tolist()), device)
+    layout = class_major(labels)
+    return layout.order.to(device), class_boundaries(layout.class_start) if labels.shape[0] else [0]
+
+
+# As for the class tensors of the synthesis: a CUDA graph captures no copy from the host.
+@functools.lru_cache(maxsize=16)
+def _class_order_of(labels: tuple[int, ...], device: torch.device) -> tuple[Tensor, tuple[int, ...]]:
+    layout = class_major(torch.tensor(labels, dtype=torch.int64))
+    return layout.order.to(device), tuple(class_boundaries(layout.class_start)) if labels else (0,)
+
+
 class _Dense:
     """The dense form: class-major geometry, gates gathered block by block from the caller's (N, N, D)."""
 
     def __init__(self, z: Tensor, labels: Tensor, gate: Tensor, kappa: Tensor, mix: Tensor, pairs: int) -> None:
         dtype = compute_dtype(z.dtype)
-        layout = class_major(labels)
-        self.order = layout.order.to(z.device)
-        boundaries = class_boundaries(layout.class_start) if labels.shape[0] else [0]
+        self.order, boundaries = _class_order(labels, z.device)
         most = max((b - a for a, b in zip(boundaries, boundaries[1:], strict=False)), default=0)
         check_mix("synthesize_negatives", mix, most)
         wide = z.to(dtype)[self.order]
         self.synthesis = Synthesis(wide, boundaries, kappa, mix, synthesis_kernels(wide))
         self.gate, self.dtype, n = gate, dtype, z.shape[0]
+        # Nobody waits for a GPU to find out.
+        self.in_order = not self.order.is_cuda and torch.equal(self.order, torch.arange(n))
         rows = max(1, pairs // max(n, 1))
         everyone = slice(0, n)
         self.blocks = [slice(i, min(i + rows, n)) for i in range(0, n, rows)]
         self.side = lambda block: Side(self.synthesis, block, everyone, slice(None), mirrored=False)
 
+    def rows(self, block: slice) -> slice | Tensor:
+        """Where the caller has a block of class-major anchors."""
+        return block if self.in_order else self.order[block]
+
+    def of_anchors(self, side: Side, values: Tensor) -> Tensor:
+        """(A, ...) with zeros for samples that are alone in their class."""
+        if self.synthesis.num_anchors == self.order.shape[0]:
+            return values
+        return torch.where(side.valid[..., None], values, torch.zeros_like(values))
+
     def gates(self, block: slice) -> Tensor:
         """Gates (A, N, D) of a block of class-major anchors against all class-major negatives."""
-        return self.gate[self.order[block][:, None], self.order[None, :]].to(self.dtype)
+        if self.in_order:
+            return self.gate[block].to(self.dtype)
+        # Whole rows are copied several times faster than what indexing two dimensions does.
+        rows = self.gate.flatten(0, 1).index_select(0, self.pairs(block))
+        return rows.view(-1, *self.gate.shape[1:]).to(self.dtype)
+
+    def pairs(self, block: slice) -> Tensor:
+        """Row-major positions, among the caller's N² pairs, of a block of class-major anchors and all negatives."""
+        return (self.order[block][:, None] * self.order.shape[0] + self.order).flatten()
 
 
 def _synthesize_negatives(
@@ -55,7 +91,7 @@ def _synthesize_negatives(
     for block in dense.blocks:
         side = dense.side(block)
         syn = side.synthesize(dense.gates(block)).values
-        out[dense.order[block]] = torch.where(side.valid[..., None], syn, torch.zeros_like(syn)).to(z.dtype)
+        out[dense.rows(block)] = dense.of_anchors(side, syn).to(z.dtype)
     return out
 
 
@@ -80,12 +116,15 @@ def _synthesize_negatives_backward(
     grad_gate = torch.empty_like(gate, memory_format=torch.contiguous_format) if need_gate else gate.new_empty(0)
     for block in dense.blocks:
         side, gates = dense.side(block), dense.gates(block)
-        wide = grad[dense.order[block]].to(dense.dtype)
-        upstream = SyntheticGradients(torch.where(side.valid[..., None], wide, torch.zeros_like(wide)), None, None)
+        wide = grad[dense.rows(block)].to(dense.dtype)
+        upstream = SyntheticGradients(dense.of_anchors(side, wide), None, None)
         if need_gate:
-            value = torch.zeros_like(gates)
+            in_place = dense.in_order and grad_gate.dtype == gates.dtype
+            value = grad_gate[block].zero_() if in_place else torch.zeros_like(gates)
             side.add_gate_gradient(Synthetic(None, None, None), upstream, value)
-            grad_gate[dense.order[block][:, None], dense.order[None, :]] = value.to(gate.dtype)
+            if not in_place:
+                flat = value.flatten(0, 1).to(gate.dtype)
+                grad_gate.view(-1, grad_gate.shape[2]).index_copy_(0, dense.pairs(block), flat)
         side.backward(gates, upstream, grads)
     grad_z = torch.empty_like(z, memory_format=torch.contiguous_format)
     grad_z[dense.order] = grads.finish().to(z.dtype)
