@@ -22,10 +22,6 @@ from torch import Tensor
 
 from gcng.kernels.launch import CompilationCase, Schedule, launch
 from gcng.kernels.synthesis import (
-    DISTANCE_OFFSET,
-    KINDS,
-    Block,
-    Geometry,
     SynthesisTile,
     Upstream,
     class_span,
@@ -33,12 +29,11 @@ from gcng.kernels.synthesis import (
     load_differences,
     load_rows,
     load_samples,
-    meta_block,
-    quotient,
     spans,
     synthesis_tile,
     walk_over_classes,
 )
+from gcng.kernels.synthesis_geometry import DISTANCE_OFFSET, KINDS, Block, Geometry, meta_block, quotient
 
 
 @triton.jit(do_not_specialize=["A", "B", "M", "per_span"])

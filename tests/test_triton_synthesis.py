@@ -14,7 +14,7 @@ pytest.importorskip("triton", exc_type=ImportError)
 
 import gcng
 from gcng import functional as F
-from gcng.kernels import synthesis, synthesis_gradient
+from gcng.kernels import synthesis, synthesis_geometry, synthesis_gradient
 from gcng.memory import MemoryPlan
 from gcng.ops import dispatch
 from gcng.ops.pair_kernels import TorchPairKernels
@@ -55,7 +55,7 @@ def use_tile(monkeypatch: pytest.MonkeyPatch, tile: synthesis.SynthesisTile, pro
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     use_tile(monkeypatch, TILE)
-    monkeypatch.setattr(synthesis, "distance_tile", lambda _: synthesis.DistanceTile(4, 2, 2, 4, 16))
+    monkeypatch.setattr(synthesis_geometry, "distance_tile", lambda _: synthesis_geometry.DistanceTile(4, 2, 2, 4, 16))
 
 
 @dataclass

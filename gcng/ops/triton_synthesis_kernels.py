@@ -18,7 +18,7 @@ from gcng.ops.synthesis_tiles import (
 )
 
 if TYPE_CHECKING:
-    from gcng.kernels.synthesis import Block
+    from gcng.kernels.synthesis_geometry import Block
 
 
 class TritonSynthesisKernels(TorchSynthesisKernels):
@@ -26,13 +26,13 @@ class TritonSynthesisKernels(TorchSynthesisKernels):
 
     def positive_distance(self, z: Tensor, positive: Tensor) -> Tensor:
         """Distance (15) of every node of ``z`` (N, D) to its positive, (N,); rounded as those of :meth:`geometry`."""
-        from gcng.kernels.synthesis import positive_distance
+        from gcng.kernels.synthesis_geometry import positive_distance
 
         return positive_distance(z, positive)
 
     def geometry(self, synthesis: Synthesis, anchors: slice, negatives: slice) -> Geometry:
         """Distances and the two numbers of each pair; see :class:`~gcng.ops.synthesis_tiles.Geometry`."""
-        from gcng.kernels.synthesis import pair_geometry
+        from gcng.kernels.synthesis_geometry import pair_geometry
 
         block = _block(synthesis, anchors, negatives)
         numbers = synthesis.positive_distance, synthesis.positive, synthesis.rank, synthesis.weights, synthesis.kappa
@@ -65,7 +65,7 @@ def _block_of(side: Side) -> Block:
 
 
 def _block(synthesis: Synthesis, anchors: slice, negatives: slice) -> Block:
-    from gcng.kernels.synthesis import Block
+    from gcng.kernels.synthesis_geometry import Block
 
     first, last = (bisect.bisect_left(synthesis.boundaries, node) for node in (negatives.start, negatives.stop))
     most = max(synthesis.counts[first:last], default=0)
