@@ -39,20 +39,20 @@ def epilogue_schedule(width: int, dtype: torch.dtype, *, backward: bool = False)
 
 @triton.jit(do_not_specialize=CHANGING)
 def edge_epilogue_kernel(
-    y_ptr,  # (R S, D) product of the folded map and the hidden layer, becomes w2
+    y_ptr,  # (R S, D) product of the folded map and the hidden layer, becomes w2 where KEEP
     x_ptr,  # (R S, D)
     mean_ptr, rstd_ptr,  # (R S,) of the hidden layer
     row_sums_ptr, shift_ptr, ln_weight_ptr, ln_bias_ptr,  # (D,)
     stash_ptr,  # (P, D) or None, receives w2
     out_ptr,  # (R S, D), or (P, D) where PACKED
     n, r0, c0, columns,
-    PACKED: tl.constexpr, EXACT: tl.constexpr, TYPE: tl.constexpr,
+    KEEP: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, TYPE: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """w2 = s (y - m c1) + c2 + x with the hidden norm folded (I4), and LN(gelu(w2)): (13).
 
-    A program owns BLOCK_J columns of one row, all channels. Bytes for each pair: reads y and x, writes w2, the edge
-    and, above the diagonal, the stash.
+    A program owns BLOCK_J columns of one row, all channels. Bytes for each pair: reads y and x, writes the edge, w2
+    where it is kept and, above the diagonal, the stash.
     """
     i, first = own_columns(columns, BLOCK_J)
     j = first + tl.arange(0, BLOCK_J)
@@ -66,7 +66,8 @@ def edge_epilogue_kernel(
     y = load_rows(y_ptr, place, channel, stored, WIDTH, TYPE)
     y = (y - mean[:, None] * load_node(row_sums_ptr, 0, channel, WIDTH, TYPE)[None, :]) * rstd[:, None]
     y += load_node(shift_ptr, 0, channel, WIDTH, TYPE)[None, :] + load_rows(x_ptr, place, channel, stored, WIDTH, TYPE)
-    store(y_ptr + place[:, None] * WIDTH + channel[None, :], y, stored[:, None] & within)
+    if KEEP:
+        store(y_ptr + place[:, None] * WIDTH + channel[None, :], y, stored[:, None] & within)
     if stash_ptr is not None:
         store(stash_ptr + packed[:, None] * WIDTH + channel[None, :], y, upper)
     normalized, _ = normalize(gelu(y, EXACT), channel, WIDTH)
@@ -154,11 +155,12 @@ def edge_epilogue(
     out: Tensor,
     packed: bool,
     stash: Tensor | None,
+    keep: bool = True,
 ) -> None:
-    """The hidden norm on ``y`` (R S, D), which becomes w2, residual, gelu and norm to ``out``; w2 to ``stash`` (P, D).
+    """The hidden norm on ``y`` (R S, D), residual, gelu and norm, to ``out``: (R S, D), or (P, D) where ``packed``.
 
+    ``y`` becomes w2, what the gelu is taken of, where a backward is to come (``keep``); ``stash`` (P, D) receives it.
     x: (R S, D). mean, rstd: (R S,). prepared: the fields of ``Prepared`` of gcng/ops/pair_kernels.py.
-    out: (R S, D), or (P, D) where ``packed``.
     """
     r0, r1, c0, c1 = tile
     columns, width, layer = c1 - c0, y.shape[-1], prepared.layer
@@ -167,7 +169,7 @@ def edge_epilogue(
         edge_epilogue_kernel, ((r1 - r0) * blocks(columns, schedule.block_j),),
         y, x, mean, rstd, prepared.row_sums, prepared.shift, layer.ln_weight, layer.ln_bias, stash, out,
         n, r0, c0, columns,
-        schedule=schedule, PACKED=packed, EXACT=is_exact(x.dtype), TYPE=TRITON_TYPES[mean.dtype],
+        schedule=schedule, KEEP=keep, PACKED=packed, EXACT=is_exact(x.dtype), TYPE=TRITON_TYPES[mean.dtype],
         WIDTH=width, BLOCK_J=schedule.block_j, BLOCK_D=schedule.block_d,
     )  # fmt: skip
 

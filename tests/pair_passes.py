@@ -61,12 +61,12 @@ class Draws:
 
     def __init__(self, setting: Setting, dtype: torch.dtype | None = None) -> None:
         self.setting, self.dtype = setting, dtype
-        self.generator = torch.Generator().manual_seed(setting.n * 1000 + setting.width)
+        self.generator = torch.Generator(setting.device).manual_seed(setting.n * 1000 + setting.width)
 
     def _draw(self, dtype: torch.dtype, shape: tuple[int, ...], scale: float, offset: float) -> Tensor:
-        values = offset + scale * torch.randn(shape, generator=self.generator, dtype=torch.float32).double()
-        values = values.to(dtype)
-        return (values if self.dtype is None else values.to(self.dtype)).to(self.setting.device)
+        values = torch.randn(shape, generator=self.generator, dtype=torch.float32, device=self.setting.device)
+        values = values.mul_(scale).add_(offset).to(dtype)
+        return values if self.dtype is None else values.to(self.dtype)
 
     def operand(self, *shape: int, scale: float = 1.0, offset: float = 0.0) -> Tensor:
         """A tensor stored as operands are."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,11 @@ from gcng.ops.pair_kernels import (
     Prepared,
     TorchPairKernels,
 )
+from gcng.ops.products import linear, product
 from gcng.ops.tiles import Tile
+
+if TYPE_CHECKING:
+    from gcng.kernels.product_tiles import EdgeProducts
 
 
 class TritonPairKernels(TorchPairKernels):
@@ -152,6 +158,126 @@ class TritonPairKernels(TorchPairKernels):
             grad, source.values, source.kind, source.n, tile, mix, layer, sums, need_input
         )
         return grad if need_input else None
+
+    # -- products with the passes around them --------------------------------------------------------------------
+
+    def edge_mlp(self, x: Tensor, prepared: Prepared, n: int, tile: Tile, out: Tensor, *, packed: bool = False) -> bool:
+        """All of (13) on x (R S, D), to ``out``, keeping nothing; False where the steps below have to do it."""
+        schedule = self._products(x).mlp
+        if schedule is None:
+            return False
+        from gcng.kernels import edge_mlp
+
+        edge_mlp.edge_mlp(x, prepared, n, tile, out, packed, schedule)
+        return True
+
+    def first_map(
+        self,
+        x: Tensor,
+        prepared: Prepared,
+        h0: Tensor,
+        out: Tensor,
+        n: int,
+        tile: Tile,
+        *,
+        stash: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The first map of x (R S, D) to ``h0`` (R S, 4D), and :meth:`hidden` of it to ``out``, which may be ``h0``."""
+        schedule = self._products(x).first_map
+        if schedule is None:
+            linear(x, prepared.ff1_weight, prepared.ff1_bias, h0)
+            return self.hidden(h0, out, n, tile, stash=stash)
+        from gcng.kernels import edge_products
+
+        kept = None if out is h0 else h0
+        return edge_products.edge_first_map(x, prepared, kept, out, n, tile, stash, schedule)
+
+    def second_map(
+        self,
+        hidden: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        prepared: Prepared,
+        n: int,
+        tile: Tile,
+        w2: Tensor,
+        out: Tensor,
+        *,
+        packed: bool = False,
+        stash: Tensor | None = None,
+        keep: bool = True,
+    ) -> None:
+        """The folded map of ``hidden`` (R S, 4D) to ``w2`` (R S, D), and :meth:`epilogue` of it to ``out``.
+
+        Without ``keep`` nobody reads ``w2`` afterwards.
+        """
+        from gcng.kernels import edge_epilogue, edge_products
+
+        schedule = self._products(x).second_map
+        if schedule is None:
+            product(hidden, prepared.folded.T, w2)
+            edge_epilogue.edge_epilogue(w2, x, mean, rstd, prepared, n, tile, out, packed, stash, keep)
+            return
+        w2 = w2 if keep else None
+        edge_products.edge_second_map(hidden, x, mean, rstd, prepared, n, tile, w2, out, packed, stash, schedule)
+
+    def hidden_gradient(
+        self,
+        scaled: Tensor,
+        hidden: Tensor,
+        x: Tensor,
+        state: HiddenState,
+        mean: Tensor,
+        rstd: Tensor,
+        means: tuple[Tensor, Tensor],
+        prepared: Prepared,
+        n: int,
+        tile: Tile,
+        sums: LayerSums,
+        out: Tensor,
+    ) -> None:
+        """The product of ``scaled`` (R S, D) with the folded map, and :meth:`hidden_backward` of it: to ``out``."""
+        schedule = self._products(x).hidden_gradient
+        if schedule is None:
+            product(scaled, prepared.folded, out)
+            self.hidden_backward(out, hidden, state, mean, rstd, means, n, tile, sums)
+            return
+        from gcng.kernels import edge_gradient_product
+
+        edge_gradient_product.edge_hidden_gradient(
+            scaled, x, state.h0, mean, rstd, means, prepared, n, tile, None, out, sums.ff1_bias, state.packed, schedule
+        )
+
+    def product_messages(
+        self,
+        nodes: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        n: int,
+        tile: Tile,
+        out: Tensor,
+        *,
+        stash: Tensor | None = None,
+    ) -> bool:
+        """Messages (7) along edges that are products of ``nodes`` (N, D), added to ``out`` (N, C), map included.
+
+        False where the edges have to be made, mapped and handed to :meth:`messages`.
+        """
+        schedule = self._products(nodes).messages
+        if schedule is None:
+            return False
+        from gcng.kernels import message_products
+
+        message_products.product_messages(nodes, weight, bias, n, tile, out, stash, schedule)
+        return True
+
+    def _products(self, x: Tensor) -> EdgeProducts:
+        """Which products over rows of ``x`` (B, D) take a kernel."""
+        from gcng.kernels import product_tiles
+        from gcng.kernels.launch import architecture
+
+        return product_tiles.edge_products(x.shape[-1], x.dtype, architecture(x.device))
 
     # -- messages ------------------------------------------------------------------------------------------------
 
