@@ -1,6 +1,6 @@
 """Blocks of anchors and classes, random or given, and every pass of a form of the synthesis on them.
 
-Owns :class:`SideCase`, :func:`draw_case` and :func:`run_passes`; used by the tests of the compiled forms.
+Owns :class:`SideCase`, :func:`draw_case`, :func:`run_passes` and two comparisons; for tests of the compiled forms.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gcng.ops.synthesis_tiles import EmbeddingGradients, Side, Synthesis, SyntheticGradients, TorchSynthesisKernels
+from tests.closeness import assert_close_to_truth
 
 ODD_WIDTHS = (1, 2, 3, 5, 8, 15, 16, 17, 31, 33, 64, 100)
 
@@ -144,3 +145,17 @@ def assert_same_to_rounding(ours: dict[str, Tensor], truth: dict[str, Tensor], b
             continue
         error = (got - expected).abs().max()
         assert error <= bound * expected.abs().max().clamp(min=1e-3), (name, error, expected.abs().max())
+
+
+def assert_as_accurate(ours: dict[str, Tensor], truth: dict[str, Tensor], baseline: dict[str, Tensor]) -> None:
+    """Every float32 result through the gate of tests/closeness.py, against the torch form in float64 and float32.
+
+    The numbers of a pair are no rows: where all negatives of an anchor lie close to dp, each ``1 - dp / dn`` of its row
+    is a difference of nearly equal numbers.
+    """
+    assert ours.keys() == truth.keys()
+    for name, expected in truth.items():
+        arrays = (ours[name].cpu(), expected.cpu(), baseline[name].cpu())
+        if name.startswith("geometry"):
+            arrays = tuple(x.flatten() for x in arrays)
+        assert_close_to_truth(name, *arrays, op_caps={torch.float32: 1e-4})

@@ -17,10 +17,10 @@ from gcng.ops import dispatch, native
 from gcng.ops.native_synthesis_kernels import NativeSynthesisKernels
 from gcng.ops.pair_kernels import TorchPairKernels
 from gcng.ops.synthesis_tiles import TorchSynthesisKernels
-from tests.closeness import assert_close_to_truth
 from tests.run_case import equal_bits
 from tests.synthesis_sides import (
     SideCase,
+    assert_as_accurate,
     assert_same_to_rounding,
     draw_case,
     rounded,
@@ -83,8 +83,7 @@ def test_float32_is_as_accurate_as_torch(width: int, counts: str, mirrored: bool
     case = rounded(side_case(np.random.default_rng(1), COUNTS[counts], width, mirrored=mirrored), torch.float32)
     truth = run_passes(TORCH, case, torch.float64)
     baseline, ours = (run_passes(kernels, case, torch.float32) for kernels in (TORCH, NATIVE))
-    for name, expected in truth.items():
-        assert_close_to_truth(name, ours[name], expected, baseline[name], op_caps={torch.float32: 1e-4})
+    assert_as_accurate(ours, truth, baseline)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
