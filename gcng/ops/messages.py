@@ -41,9 +41,13 @@ def _messages(
         out = field.base.new_zeros((n, weight.shape[0]), dtype=field.dtype)
         kept = field.base.new_empty((pair_count(n) if stash else 0, weight.shape[0]))
         for tile in plan_tiles(n, pairs):
+            kept_here = kept if stash else None
+            from_nodes = not packed and not field.layers
+            if from_nodes and field.kernels.product_messages(field.base, *operands, n, tile, out, stash=kept_here):
+                continue
             before = field.take("messages", tile, weight.shape[0])
             linear(field.edges(tile), *operands, before)
-            field.kernels.messages(before, n, tile, out, stash=kept if stash else None)
+            field.kernels.messages(before, n, tile, out, stash=kept_here)
         return out.to(base.dtype), kept
 
     return with_smaller_tiles(run, pairs_per_tile)

@@ -26,7 +26,7 @@ from gcng.ops.pair_kernels import (
     Mix,
     Prepared,
 )
-from gcng.ops.products import accumulate, linear, product
+from gcng.ops.products import accumulate
 from gcng.ops.registration import compute_dtype
 from gcng.ops.tiles import Tile
 
@@ -162,13 +162,15 @@ class PairField:
         name = str(index) if keep else ""
         x = self.take(f"x {name}", tile)
         mix = kernels.prologue(layer, source, tile, self.dropout_of(index), x)
+        if not keep and stash is None and kernels.edge_mlp(x, prepared, self.n, tile, out, packed=packed):
+            return None
+        h0_stash, w2_stash = stash or (None, None)
         h0 = self.take(f"h0 {name}", tile, hidden_width)
-        linear(x, prepared.ff1_weight, prepared.ff1_bias, h0)
         hidden = self.take("hidden", tile, hidden_width) if keep else h0
-        mean, rstd = kernels.hidden(h0, hidden, self.n, tile, stash=stash[0] if stash else None)
-        w2 = product(hidden, prepared.folded.T, self.take_wide(f"w2 {name}", tile))
-        kernels.epilogue(
-            w2, x, mean, rstd, prepared, self.n, tile, out, packed=packed, stash=stash[1] if stash else None
+        mean, rstd = kernels.first_map(x, prepared, h0, hidden, self.n, tile, stash=h0_stash)
+        w2 = self.take_wide(f"w2 {name}", tile)
+        kernels.second_map(
+            hidden, x, mean, rstd, prepared, self.n, tile, w2, out, packed=packed, stash=w2_stash, keep=keep
         )
         if not keep:
             return None
@@ -257,8 +259,10 @@ def backward_layer(
         grad, state.hidden, state.x, mean, rstd, prepared, n, tile, sums, grad_w2, scaled, packed=packed
     )
     accumulate(sums.folded, scaled.T, hidden)
-    grad_h0 = product(scaled, prepared.folded, field.take("grad h0", tile, hidden_width))
-    kernels.hidden_backward(grad_h0, hidden, state.hidden, mean, rstd, means, n, tile, sums)
+    grad_h0 = field.take("grad h0", tile, hidden_width)
+    kernels.hidden_gradient(
+        scaled, hidden, state.x, state.hidden, mean, rstd, means, prepared, n, tile, sums, grad_h0
+    )
     accumulate(sums.ff1_weight, grad_h0.T, state.x)
     accumulate(grad_w2, grad_h0, prepared.ff1_weight)
 

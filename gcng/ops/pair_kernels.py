@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gcng.ops.products import linear, product
 from gcng.ops.registration import compute_dtype
 from gcng.ops.tiles import Tile, add_tile, load_tile, split_mirror, store_tile
 from gcng.reference.dropout import dropout_scales
@@ -345,6 +346,80 @@ class TorchPairKernels:
         grad_w += kappa[..., None] * layer.key_query[tile.rows, None]
         grad_w -= kappa[..., None] * layer.key_query[None, tile.columns]
         return grad_w.flatten(0, 1)
+
+    # -- products with what follows them -------------------------------------------------------------------------
+
+    def edge_mlp(
+        self, x: Tensor, prepared: Prepared, n: int, tile: Tile, out: Tensor, *, packed: bool = False
+    ) -> bool:
+        """All of (13) on x (R S, D), to ``out``, keeping nothing; False where the steps below have to do it."""
+        return False
+
+    def first_map(
+        self, x: Tensor, prepared: Prepared, h0: Tensor, out: Tensor, n: int, tile: Tile, *, stash: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The first map of x (R S, D) to ``h0`` (R S, 4D), and :meth:`hidden` of it to ``out``, which may be ``h0``.
+
+        Where it is, nobody reads h0 afterwards.
+        """
+        linear(x, prepared.ff1_weight, prepared.ff1_bias, h0)
+        return self.hidden(h0, out, n, tile, stash=stash)
+
+    def second_map(
+        self,
+        hidden: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        prepared: Prepared,
+        n: int,
+        tile: Tile,
+        w2: Tensor,
+        out: Tensor,
+        *,
+        packed: bool = False,
+        stash: Tensor | None = None,
+        keep: bool = True,
+    ) -> None:
+        """The folded map of ``hidden`` (R S, 4D) to ``w2`` (R S, D), and :meth:`epilogue` of it to ``out``.
+
+        Without ``keep`` nobody reads ``w2`` afterwards.
+        """
+        product(hidden, prepared.folded.T, w2)
+        self.epilogue(w2, x, mean, rstd, prepared, n, tile, out, packed=packed, stash=stash)
+
+    def hidden_gradient(
+        self,
+        scaled: Tensor,
+        hidden: Tensor,
+        x: Tensor,
+        state: HiddenState,
+        mean: Tensor,
+        rstd: Tensor,
+        means: tuple[Tensor, Tensor],
+        prepared: Prepared,
+        n: int,
+        tile: Tile,
+        sums: LayerSums,
+        out: Tensor,
+    ) -> None:
+        """The product of ``scaled`` (R S, D) with the folded map, and :meth:`hidden_backward` of it: to ``out``."""
+        product(scaled, prepared.folded, out)
+        self.hidden_backward(out, hidden, state, mean, rstd, means, n, tile, sums)
+
+    def product_messages(
+        self,
+        nodes: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        n: int,
+        tile: Tile,
+        out: Tensor,
+        *,
+        stash: Tensor | None = None,
+    ) -> bool:
+        """Messages (7) along edges that are products of ``nodes`` (N, D), map included; False: make the edges first."""
+        return False
 
     # -- messages ------------------------------------------------------------------------------------------------
 
