@@ -3,39 +3,54 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from gcng.ops import native
+from gcng.ops.cuda_synthesis_kernels import CudaSynthesisKernels
+from gcng.ops.native_pair_kernels import NativePairKernels
+from gcng.ops.native_synthesis_kernels import NativeSynthesisKernels
 from gcng.ops.pair_kernels import TorchPairKernels
 from gcng.ops.synthesis_tiles import TorchSynthesisKernels
-
-_TORCH = (TorchPairKernels(), TorchSynthesisKernels())
-
-
-class _Forced(threading.local):
-    kernels: tuple[TorchPairKernels, TorchSynthesisKernels] | None = None
+from gcng.ops.triton_pair_kernels import TritonPairKernels
+from gcng.ops.triton_path import runs_triton
+from gcng.ops.triton_synthesis_kernels import TritonSynthesisKernels
 
 
-_forced = _Forced()
+class Kernels(NamedTuple):
+    """The passes of the pair pipeline and of the synthesis."""
+
+    pair: TorchPairKernels
+    synthesis: TorchSynthesisKernels
+
+
+TORCH = Kernels(TorchPairKernels(), TorchSynthesisKernels())
+NATIVE = Kernels(NativePairKernels(), NativeSynthesisKernels())
+TRITON = Kernels(TritonPairKernels(), TritonSynthesisKernels())
+_CUDA_SYNTHESIS = CudaSynthesisKernels()
+
+
+class _Switch:
+    # Of the process: autograd runs a backward on a GPU in a thread of its own.
+    forced: Kernels | None = None
 
 
 @contextlib.contextmanager
 def forced_kernels(pair: TorchPairKernels, synthesis: TorchSynthesisKernels) -> Iterator[None]:
-    """Run with these passes in this thread, whatever the device: how tests and benchmarks compare the forms."""
-    before = _forced.kernels
-    _forced.kernels = pair, synthesis
+    """Run with these passes, whatever the device, in all threads of this process: tests and benchmarks only."""
+    before, _Switch.forced = _Switch.forced, Kernels(pair, synthesis)
     try:
         yield
     finally:
-        _forced.kernels = before
+        _Switch.forced = before
 
 
 def pair_kernels(like: Tensor) -> TorchPairKernels:
     """The passes of the pair pipeline for a tensor's device and dtype."""
-    return _kernels(like)[0]
+    return _kernels(like).pair
 
 
 def operand_dtype(base: Tensor) -> torch.dtype:
@@ -45,8 +60,14 @@ def operand_dtype(base: Tensor) -> torch.dtype:
 
 def synthesis_kernels(like: Tensor) -> TorchSynthesisKernels:
     """The passes of the synthesis for a tensor's device and dtype."""
-    return _kernels(like)[1]
+    return _kernels(like).synthesis
 
 
-def _kernels(like: Tensor) -> tuple[TorchPairKernels, TorchSynthesisKernels]:
-    return _forced.kernels or _TORCH
+def _kernels(like: Tensor) -> Kernels:
+    if _Switch.forced is not None:
+        return _Switch.forced
+    if like.device.type == "cpu":
+        return NATIVE if native.cpu() is not None else TORCH
+    if not runs_triton(like):
+        return TORCH
+    return TRITON if native.cuda() is None else TRITON._replace(synthesis=_CUDA_SYNTHESIS)

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import importlib.metadata
 import importlib.util
-import threading
 import warnings
 from collections.abc import Iterator
 
@@ -17,21 +16,28 @@ OLDEST = (3, 6)
 OLDEST_ARCHITECTURE = (8, 0)
 
 
-class _Forced(threading.local):
-    everywhere = False
-
-
-_forced = _Forced()
+class _Switch:
+    # Of the process: autograd runs a backward on a GPU in a thread of its own.
+    forced: bool | None = None
 
 
 @contextlib.contextmanager
-def triton_everywhere() -> Iterator[None]:
-    """Run the Triton kernels on any device in this thread: tests do, in Triton's interpreter."""
-    before, _forced.everywhere = _forced.everywhere, True
+def _forced(value: bool) -> Iterator[None]:
+    before, _Switch.forced = _Switch.forced, value
     try:
         yield
     finally:
-        _forced.everywhere = before
+        _Switch.forced = before
+
+
+def triton_everywhere() -> contextlib.AbstractContextManager[None]:
+    """Run the Triton kernels on any device, in all threads of this process: tests do, in Triton's interpreter."""
+    return _forced(True)
+
+
+def disabled() -> contextlib.AbstractContextManager[None]:
+    """Run as if Triton were not installed, in all threads of this process: tests and benchmarks only."""
+    return _forced(False)
 
 
 def runs_triton(x: Tensor) -> bool:
@@ -40,8 +46,8 @@ def runs_triton(x: Tensor) -> bool:
     On CUDA tensors of 16 or 32 bit; float64 is for checks and takes the blocked torch path. Where the kernels cannot
     run, one warning says why.
     """
-    if _forced.everywhere:
-        return True
+    if _Switch.forced is not None:
+        return _Switch.forced
     if not x.is_cuda or x.dtype == torch.float64:
         return False
     cause = triton_cause() or _device_cause(x.device.index or 0)
