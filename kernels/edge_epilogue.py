@@ -218,8 +218,7 @@ def compilation_cases() -> Iterator[CompilationCase]:
     """Both kernels on tiles and on packed storage, at widths that fill a block and that do not."""
     n, tile = 2048, (64, 80, 64, 2048)
     pairs, total = 16 * 1984, n * (n + 1) // 2
-    kinds = [(torch.float32, 512, False), (torch.bfloat16, 512, False), (torch.bfloat16, 192, True)]
-    for dtype, width, packed in [*kinds, (torch.float16, 512, False)]:
+    for dtype, width, packed in ((torch.float32, 512, False), (torch.bfloat16, 512, False), (torch.float16, 192, True)):
 
         def call(dtype: torch.dtype = dtype, width: int = width, packed: bool = packed) -> None:
             def empty(*shape: int, kind: torch.dtype = torch.float32) -> Tensor:

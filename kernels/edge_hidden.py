@@ -175,8 +175,11 @@ def compilation_cases() -> Iterator[CompilationCase]:
     """Both kernels from tiles and from packed storage, at a width of D = 512 and at one that does not fill a block."""
     n, tile = 2048, (64, 80, 64, 2048)
     pairs, total = 16 * 1984, n * (n + 1) // 2
-    kinds = [(torch.float32, 2048, False), (torch.bfloat16, 2048, False), (torch.bfloat16, 768, True)]
-    for dtype, width, packed in [*kinds, (torch.float16, 2048, False)]:
+    for dtype, width, packed in (
+        (torch.float32, 2048, False),
+        (torch.bfloat16, 2048, False),
+        (torch.float16, 768, True),
+    ):
 
         def call(dtype: torch.dtype = dtype, width: int = width, packed: bool = packed) -> None:
             h, kept = (torch.empty(rows, width, dtype=dtype, device="meta") for rows in (pairs, total))

@@ -10,6 +10,8 @@ import torch
 pytest.importorskip("triton", exc_type=ImportError)
 
 import gcng
+from gcng.kernels import product_tiles
+from gcng.kernels.product_tiles import EdgeProducts, ProductSchedule
 from gcng.memory import MemoryPlan
 from gcng.ops.dispatch import forced_kernels
 from gcng.ops.pair_kernels import PRODUCT, Edges, TorchPairKernels
@@ -29,8 +31,12 @@ GUARDED = """
 import torch
 from gcng.ops.tiles import Tile
 from gcng.ops.triton_pair_kernels import TritonPairKernels
+from gcng.kernels.product_tiles import EdgeProducts, ProductSchedule
 from tests.pair_passes import PASSES, Draws, Setting
+from tests.pair_products import CASES
 from tests.triton_interpreter import guarded
+blocks = ProductSchedule(4, 2, 16, 32, 16)
+schedules = EdgeProducts(blocks, blocks, blocks, blocks, blocks)
 draw, empty = Draws._draw, torch.Tensor.new_empty
 Draws._draw = lambda *arguments: guarded(draw(*arguments))
 torch.Tensor.new_empty = lambda *arguments, **options: guarded(empty(*arguments, **options))
@@ -38,6 +44,8 @@ for tile in (Tile(2, 5, 2, 7), Tile(0, 2, 5, 7)):
     for name, run in PASSES.items():
         setting = Setting(7, 5, tile, torch.float32)
         assert run(TritonPairKernels(), Draws(setting), setting)
+    for run, option in CASES.values():
+        assert run(Draws(Setting(7, 5, tile, torch.float32)), schedules, option)
 """
 
 
@@ -81,11 +89,19 @@ def test_nodes_beyond_32_bits() -> None:
     assert torch.equal(edges.view(2, 4, width), nodes[-4:-2, None] * nodes[None, -4:])
 
 
-@pytest.mark.parametrize(("num_layers", "kept"), ((1, False), (2, True)))
-def test_the_criterion_equals_the_reference(num_layers: int, kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("num_layers", "kept", "fused"), ((1, False, False), (2, True, False), (1, False, True)),
+    ids=["one layer", "two layers kept", "products with epilogues"],
+)  # fmt: skip
+def test_the_criterion_equals_the_reference(
+    num_layers: int, kept: bool, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Both phases on ragged labels with dropout, every term and gradient."""
+    if fused:
+        schedule = ProductSchedule(4, 2, 32, 32, 16)
+        monkeypatch.setattr(product_tiles, "edge_products", lambda *_: EdgeProducts(*[schedule] * 5))
     torch.manual_seed(0)
-    labels = torch.tensor([4, 1, 4, 4, 2, 2, 1, 0, 3, 3, 3, 1][: 12 - 5 * kept])
+    labels = torch.tensor([4, 1, 4, 4, 2, 2, 1, 0, 3, 3, 3, 1][: 7 if kept else 12])
     criterion = gcng.losses.GCAHNGLoss(16, 5, num_layers, dropout=0.2).double()
     z = torch.randn(len(labels), 16, dtype=torch.float64)
     most = int(torch.bincount(labels).max())

@@ -19,7 +19,7 @@ from gcng.ops.pair_kernels import (
     Prepared,
     TorchPairKernels,
 )
-from gcng.ops.products import linear, product
+from gcng.ops.products import product
 from gcng.ops.tiles import Tile
 
 if TYPE_CHECKING:
@@ -159,10 +159,9 @@ class TritonPairKernels(TorchPairKernels):
         )
         return grad if need_input else None
 
-    # -- products with the passes around them --------------------------------------------------------------------
+    # -- products with what follows them: library and pass, or a kernel where the table of product_tiles has one -----
 
     def edge_mlp(self, x: Tensor, prepared: Prepared, n: int, tile: Tile, out: Tensor, *, packed: bool = False) -> bool:
-        """All of (13) on x (R S, D), to ``out``, keeping nothing; False where the steps below have to do it."""
         schedule = self._products(x).mlp
         if schedule is None:
             return False
@@ -182,11 +181,9 @@ class TritonPairKernels(TorchPairKernels):
         *,
         stash: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The first map of x (R S, D) to ``h0`` (R S, 4D), and :meth:`hidden` of it to ``out``, which may be ``h0``."""
         schedule = self._products(x).first_map
         if schedule is None:
-            linear(x, prepared.ff1_weight, prepared.ff1_bias, h0)
-            return self.hidden(h0, out, n, tile, stash=stash)
+            return super().first_map(x, prepared, h0, out, n, tile, stash=stash)
         from gcng.kernels import edge_products
 
         kept = None if out is h0 else h0
@@ -208,10 +205,6 @@ class TritonPairKernels(TorchPairKernels):
         stash: Tensor | None = None,
         keep: bool = True,
     ) -> None:
-        """The folded map of ``hidden`` (R S, 4D) to ``w2`` (R S, D), and :meth:`epilogue` of it to ``out``.
-
-        Without ``keep`` nobody reads ``w2`` afterwards.
-        """
         from gcng.kernels import edge_epilogue, edge_products
 
         schedule = self._products(x).second_map
@@ -237,11 +230,9 @@ class TritonPairKernels(TorchPairKernels):
         sums: LayerSums,
         out: Tensor,
     ) -> None:
-        """The product of ``scaled`` (R S, D) with the folded map, and :meth:`hidden_backward` of it: to ``out``."""
         schedule = self._products(x).hidden_gradient
         if schedule is None:
-            product(scaled, prepared.folded, out)
-            self.hidden_backward(out, hidden, state, mean, rstd, means, n, tile, sums)
+            super().hidden_gradient(scaled, hidden, x, state, mean, rstd, means, prepared, n, tile, sums, out)
             return
         from gcng.kernels import edge_gradient_product
 
@@ -260,10 +251,6 @@ class TritonPairKernels(TorchPairKernels):
         *,
         stash: Tensor | None = None,
     ) -> bool:
-        """Messages (7) along edges that are products of ``nodes`` (N, D), added to ``out`` (N, C), map included.
-
-        False where the edges have to be made, mapped and handed to :meth:`messages`.
-        """
         schedule = self._products(nodes).messages
         if schedule is None:
             return False
