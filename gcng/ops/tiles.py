@@ -77,8 +77,12 @@ def plan_tiles(n: int, pairs_per_tile: int, boundaries: Sequence[int] | None = N
         Tiles by rows, then columns; every unordered pair is in exactly one of them.
     """
     cuts = range(n + 1) if boundaries is None else boundaries
-    # More than a sixteenth of the rows at once would waste too much on the squares of the diagonal.
-    height = max(1, min(max(2, n // 16), math.isqrt(pairs_per_tile) // 4))
+    # Rows as long as the batch give the fewest tiles and the smallest squares on the diagonal; where that would leave a
+    # few rows only, a tile is about four times as wide as high. More than a sixteenth of the rows at once would waste
+    # too much on the squares.
+    whole = pairs_per_tile // max(n, 1)
+    height = whole if whole >= max(6, n // 32) else math.isqrt(pairs_per_tile) // 4
+    height = max(1, min(height, max(2, n // 16)))
     width = max(1, pairs_per_tile // height)
     # Columns are cut on one grid for all rows: nearly all tiles then have the same size, and the allocator hands
     # out the same blocks again instead of splitting them a little further with every row.
