@@ -99,8 +99,12 @@ def _signature(launch: Any) -> tuple[dict[str, str], dict[tuple[int], Any], dict
     """Signature, constants and attributes of a recorded launch, as ``triton.compiler.ASTSource`` wants them."""
     signature, constants, attributes = {}, {}, {}
     declared = {parameter.name for parameter in launch.kernel.params if parameter.is_constexpr}
+    general = {parameter.name for parameter in launch.kernel.params if parameter.do_not_specialize}
     for place, (name, value) in enumerate(launch.arguments.items()):
         kind, aligned = ("constexpr", False) if name in declared else _type_of(value)
+        if name in general and isinstance(value, int):
+            # Such a number is neither made a constant where it is 1 nor known to be a multiple of 16.
+            kind, aligned = _type_of(3 if value == 1 else value)[0], False
         signature[name] = kind
         if kind == "constexpr":
             constants[(place,)] = value

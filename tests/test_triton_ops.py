@@ -7,10 +7,10 @@ import torch
 
 pytest.importorskip("triton", exc_type=ImportError)
 
-import gcng  # noqa: E402
-from gcng import functional as F  # noqa: E402
-from gcng.ops.triton_path import triton_everywhere  # noqa: E402
-from tests.closeness import assert_close_to_truth  # noqa: E402
+import gcng
+from gcng import functional as F
+from gcng.ops.triton_path import triton_everywhere
+from tests.closeness import assert_close_to_truth
 
 pytestmark = pytest.mark.interpreter
 
