@@ -107,7 +107,7 @@ def assert_same_numbers(ours: dict[str, Tensor], truth: dict[str, Tensor], bound
 def test_fuzzed_equals_torch(name: str, seed: int) -> None:
     setting = random_setting(seed)
     ours, truth = (PASSES[name](form, Seeded(setting, torch.float64, seed), setting) for form in (NATIVE, TORCH))
-    # Rows of few channels often have hardly any variance, and a norm multiplies the roundings of both forms by up to 300.
+    # Rows of few channels often have hardly any variance: a norm multiplies the roundings of both forms by up to 300.
     assert_same_numbers(ours, truth, 1e-12 if setting.width > 4 else 3e-11)
     ours, truth = (PASSES[name](form, Patterns(setting, seed), setting) for form in (NATIVE, TORCH))
     assert_same_numbers(ours, truth, 1e-8)
