@@ -63,13 +63,13 @@ struct Pass {
           (a * (T(1) - gate[pair]) * along_row.total() - b * gate[pair] * along_column.total()) * scale;
       block[at_part.bias_rows + i] += kappa;
       block[at_part.bias_columns + column] -= kappa;
-      for_vectors<T, 2>(width, [&](auto at, auto) {
+      for_vectors<T>(width, [&](auto at, auto) {
         const Vector<T> grad_key = edge.at(at) * kappa;
         add_to(key_row_sum, at, grad_key);
         add_to(key_column_sum, at, -grad_key);
       });
       if (!need_input) return;
-      for_vectors<T, 2>(width, [&](auto at, auto) {
+      for_vectors<T>(width, [&](auto at, auto) {
         add_to(grad, at, (load(key_row, at) - load(key_column, at)) * kappa);
       });
     });

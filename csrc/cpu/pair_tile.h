@@ -28,8 +28,9 @@ struct PairTile {
   }
 };
 
-// Numbers that one block of a pass touches in each of its tensors: about 50 us of work, and its rows stay in cache.
-inline constexpr int64_t kBlockNumbers = 1 << 15;
+// Numbers that one block of a pass touches in each of its tensors: about 25 us of work, so that a tile of 256 pairs still
+// keeps eight threads busy, and its rows stay in cache.
+inline constexpr int64_t kBlockNumbers = 1 << 14;
 
 // Terms that are added one after another before their sum joins a longer one: rounding errors of a sum in float32 grow
 // with the square root of its terms, and torch adds in a cascade.
@@ -86,7 +87,7 @@ void add_partial_sums(T* partial, int64_t count, int64_t stride, int64_t width, 
   for (int64_t step = 1; step < count; step *= 2)
     for (int64_t block = 0; block + step < count; block += 2 * step)
       add_row(partial + (block + step) * stride, width, partial + block * stride);
-  add_row(partial, width, out);
+  if (count > 0) add_row(partial, width, out);
 }
 
 }  // namespace gcng
