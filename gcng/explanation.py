@@ -18,8 +18,13 @@ from gcng.ops.triton_path import triton_cause
 OPS = (
     "correlation", "attention", "messages", "edges", "gates", "synthesis", "class_cross_entropy", "retrieval",
 )  # fmt: skip
-# C++ kernels that do not carry the name of the op that they serve.
-SERVED = {"topk_merge": ("correlation", "retrieval")}
+# C++ kernels that do not carry the name of the op that they serve, by how their names start.
+SERVED = {
+    "topk_": ("correlation", "retrieval"),
+    "edge_": ("edges", "messages", "gates"),
+    "pair_": ("edges", "messages", "gates"),
+    "gate_": ("gates",),
+}
 
 
 def explain() -> str:
@@ -50,7 +55,10 @@ def cpu_path(op: str) -> str:
     if in_reference_mode():
         return "dense reference: gcng.reference_mode() is on"
     importlib.import_module("gcng.functional")  # its ops declare the kernels that they call
-    kernels = [name for name in native.declared() if name.startswith(op) or op in SERVED.get(name, ())]
+    kernels = []
+    for start in (op, *(start for start, served in SERVED.items() if op in served)):
+        names = [name for name in native.declared() if name.startswith(start)]
+        kernels += names if len(names) < 2 else [f"{start.rstrip('_')}_*"]
     if not kernels:
         return "blocked torch path"
     if native.cpu_status().path is None:
