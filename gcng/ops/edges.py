@@ -81,7 +81,8 @@ def _edges_backward(
 ) -> list[Tensor]:
     n = identity.shape[0]
     field = PairField(base, packed, n, chain, Dropout(identity, seed, p, first_layer))
-    wide_grad = grad.to(field.dtype).contiguous()
+    # As wide as the edges that it belongs to: there are as many of them.
+    grad = grad.to(field.operand).contiguous()
 
     def run(pairs: int) -> list[Tensor]:
         grads = FieldGradients(field, need_base=need_base, need_chain=need_chain)
@@ -90,7 +91,7 @@ def _edges_backward(
                 states = [field.restored_state(0, field.initial(), tile, HiddenState(hidden, before, True))]
             else:
                 states = field.edges_with_states(tile)[1]
-            grads.add(tile, wide_grad, states, packed=True)
+            grads.add(tile, grad, states, packed=True)
         out = [grads.base.to(base.dtype)] if need_base else []
         return out + ([g.to(x.dtype) for g, x in zip(grads.chain(), chain, strict=True)] if need_chain else [])
 
