@@ -30,7 +30,9 @@ def check_and_time(benchmark: BenchmarkFixture, preparation: Preparation, case: 
     """The body of every benchmark: a provider that has passed the gate, called once, its passes recorded."""
     ready = preparation.ready(case)
     benchmark.extra_info.update(provider=case.provider, setting=case.entry.setting.as_dict(), round=case.round)
-    passes = benchmark.pedantic(ready.run, rounds=1)
+    # An untimed call first: a training loop repeats itself, while the call after another provider's has all of its
+    # memory to fetch from the system again.
+    passes = benchmark.pedantic(ready.run, rounds=1, warmup_rounds=1)
     assert passes and all(seconds > 0 for seconds in passes.values()), passes
     preparation.record(case, passes)
 
