@@ -88,8 +88,8 @@ test-sanitizers: $(READY)
 
 bench: extension
 	$(BIN)/python -m benchmarks.measure $(ARGS)
-	$(BIN)/python -m benchmarks.tables
 	$(BIN)/python -m benchmarks.plots
+	$(BIN)/python -m benchmarks.tables
 
 clean:
 	rm -rf build dist gcng/_native *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
