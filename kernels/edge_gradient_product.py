@@ -109,7 +109,10 @@ def edge_hidden_gradient(
 
 
 def compilation_cases() -> Iterator[CompilationCase]:
-    """h0 packed, and made again, at the width of the published models and at one that leaves blocks unfilled."""
+    """h0 packed, and made again, at the width of the published models and at one that leaves blocks unfilled.
+
+    With two accumulators, where h0 is made again, Triton 3.6.0 spills on sm_100. No launch table ships that form.
+    """
     n, tile = 2048, (64, 80, 64, 2048)
     pairs = 16 * 1984
     for dtype, width in ((torch.bfloat16, 512), (torch.float16, 200)):
@@ -125,4 +128,5 @@ def compilation_cases() -> Iterator[CompilationCase]:
             edge_hidden_gradient(x, x, kept, *rest, packed=True, schedule=schedule)
             edge_hidden_gradient(x, x, None, *rest, packed=False, schedule=schedule)
 
-        yield CompilationCase(f"{str(dtype).removeprefix('torch.')} {width}", call)
+        name = f"{str(dtype).removeprefix('torch.')} {width}"
+        yield CompilationCase(name, call, spills={"edge_hidden_gradient_kernel": 128})
