@@ -279,8 +279,9 @@ def with_smaller_tiles(run: Callable[[int], T], pairs_per_tile: int) -> T:
     except (MemoryError, torch.OutOfMemoryError) as error:
         failure: BaseException = error
     except RuntimeError as error:
-        # The CPU allocator of torch has no exception type of its own.
-        if "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
+        # The CPU allocator of torch has no exception type of its own, and that of the C++ kernels arrives as a text.
+        signs = ("can't allocate memory", "not enough memory", "bad_alloc")
+        if not any(sign in str(error) for sign in signs):
             raise
         failure = error
     if pairs_per_tile <= 1:
