@@ -260,7 +260,7 @@ def test_gates_on_demand_are_differentiable() -> None:
 
 
 def test_a_failed_allocation_is_retried_with_half_the_tile(monkeypatch) -> None:
-    from gcng.ops import messages as module
+    from gcng.ops import pair_field as module
 
     criterion, (z, y, mix) = make_criterion(), batch_of(BATCHES["2 x 2"])
     truth = run(criterion, z, y, mix)

@@ -22,7 +22,7 @@ from gcng.ops.pair_field import (
     with_smaller_tiles,
 )
 from gcng.ops.registration import any_needed, define_field_autocast, define_gradient, define_op
-from gcng.ops.tiles import pair_count, plan_tiles
+from gcng.ops.tiles import pair_count
 
 
 def _edges(
@@ -45,7 +45,7 @@ def _edges(
         out = field.base.new_empty((pair_count(n), width))
         kept = pair_count(n) if stash else 0
         hidden, before = field.base.new_empty((kept, 4 * width)), field.base.new_empty((kept, width))
-        for tile in plan_tiles(n, pairs):
+        for tile in field.tiles(pairs):
             if len(field.layers) == 1:
                 kept_tensors = (hidden, before) if stash else None
                 field.forward_layer(0, field.initial(), tile, out, keep=False, packed=True, stash=kept_tensors)
@@ -86,7 +86,7 @@ def _edges_backward(
 
     def run(pairs: int) -> list[Tensor]:
         grads = FieldGradients(field, need_base=need_base, need_chain=need_chain)
-        for tile in plan_tiles(n, pairs):
+        for tile in field.tiles(pairs):
             if stash:
                 states = [field.restored_state(0, field.initial(), tile, HiddenState(hidden, before, True))]
             else:

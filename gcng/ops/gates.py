@@ -14,7 +14,7 @@ from torch import Tensor
 from gcng.ops.pair_field import FIELD, Dropout, FieldGradients, PairField, with_smaller_tiles
 from gcng.ops.products import accumulate, linear, product
 from gcng.ops.registration import any_needed, compute_dtype, define_field_autocast, define_gradient, define_op
-from gcng.ops.tiles import Tile, pair_count, pair_weights, plan_tiles
+from gcng.ops.tiles import Tile, pair_count, pair_weights
 
 EPS = 1e-5
 
@@ -58,7 +58,7 @@ def _weighted_edges(field: PairField, pairs: int) -> Iterator[tuple[Tensor, Tens
         for chunk in packed_chunks(field.n, pairs):
             yield field.base[chunk], weights[chunk]
         return
-    for tile in plan_tiles(field.n, pairs):
+    for tile in field.tiles(pairs):
         e = field.edges(tile)
         yield e, edge_weights(tile, e)
 
@@ -173,7 +173,7 @@ def _edge_moments_backward(
         rounded = mean.to(field.dtype)
         linear = -2 * grad_var / n**2
         constant = -grad_mean / n**2 - linear * (mean - rounded.double())
-        for tile in plan_tiles(n, pairs):
+        for tile in field.tiles(pairs):
             e, states = field.edges_with_states(tile)
             grad = field.take_wide("grad", tile).zero_()
             field.kernels.norm_gradient(

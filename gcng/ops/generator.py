@@ -21,7 +21,7 @@ from gcng.ops.pair_field import FIELD, Dropout, FieldGradients, PairField, with_
 from gcng.ops.pair_kernels import GateSpread
 from gcng.ops.registration import any_needed, compute_dtype, define_field_autocast, define_gradient, define_op
 from gcng.ops.synthesis_tiles import Side, Synthesis, Synthetic, SyntheticGradients
-from gcng.ops.tiles import Tile, pair_weights, plan_tiles
+from gcng.ops.tiles import Tile, pair_weights
 
 COSINE_FLOOR = 1e-8  # as torch.nn.functional.cosine_similarity
 CLASSES = "Tensor class_labels, Tensor dropped_class, Tensor classifier_weight, Tensor? classifier_bias"
@@ -115,7 +115,7 @@ def _generator_synthesis(
             distance = distance + torch.where(_counted(side, classes), 1 - cosine, torch.zeros_like(cosine)).sum()
 
         boundaries = synthesis.boundaries if synthesis.has_negatives else None
-        for tile in plan_tiles(n, pairs, boundaries):
+        for tile in field.tiles(pairs, boundaries):
             values = gates.of(field.edges(tile), tile, spread=spread, fill=True).view(*tile.shape, -1)
             for side in synthesis.sides(tile) if synthesis.has_negatives else ():
                 visit(side, side.view(values))
@@ -266,7 +266,7 @@ def _classifier_gradients(gradient: _GateGradient, classes: Classes) -> list[Ten
 
 
 def _plan(gates: Gates, synthesis: Synthesis, pairs: int) -> list[Tile]:
-    return plan_tiles(gates.field.n, pairs, synthesis.boundaries if synthesis.has_negatives else None)
+    return gates.field.tiles(pairs, synthesis.boundaries if synthesis.has_negatives else None)
 
 
 def _backward_materialized(

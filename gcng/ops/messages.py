@@ -15,7 +15,7 @@ from gcng.ops.dispatch import operand_dtype
 from gcng.ops.pair_field import FIELD, Dropout, FieldGradients, PairField, with_smaller_tiles
 from gcng.ops.products import accumulate, linear, product
 from gcng.ops.registration import any_needed, define_field_autocast, define_gradient, define_op
-from gcng.ops.tiles import pair_count, plan_tiles
+from gcng.ops.tiles import pair_count
 
 _SCHEMA = f"({FIELD}, Tensor weight, Tensor bias, int pairs_per_tile, bool stash) -> (Tensor, Tensor)"
 
@@ -40,7 +40,7 @@ def _messages(
     def run(pairs: int) -> tuple[Tensor, Tensor]:
         out = field.base.new_zeros((n, weight.shape[0]), dtype=field.dtype)
         kept = field.base.new_empty((pair_count(n) if stash else 0, weight.shape[0]))
-        for tile in plan_tiles(n, pairs):
+        for tile in field.tiles(pairs):
             kept_here = kept if stash else None
             from_nodes = not packed and not field.layers
             if from_nodes and field.kernels.product_messages(field.base, *operands, n, tile, out, stash=kept_here):
@@ -85,7 +85,7 @@ def _messages_backward(
     def run(pairs: int) -> list[Tensor]:
         grads = FieldGradients(field, need_base=need_base, need_chain=need_chain)
         grad_weight, grad_bias = (torch.zeros_like(x, dtype=field.dtype) for x in operands)
-        for tile in plan_tiles(n, pairs):
+        for tile in field.tiles(pairs):
             e, states = field.edges_with_states(tile) if grads.wanted else (field.edges(tile), [])
             before = kept
             if not stash:

@@ -21,7 +21,7 @@ from gcng.ops.pair_field import FIELD, Dropout, PairField, with_smaller_tiles
 from gcng.ops.pair_kernels import GateSpread
 from gcng.ops.registration import compute_dtype, define_field_autocast, define_gradient, define_op
 from gcng.ops.synthesis_tiles import EmbeddingGradients, Side, Synthesis, SyntheticGradients
-from gcng.ops.tiles import Tile, pair_count, plan_tiles
+from gcng.ops.tiles import Tile, pair_count
 from gcng.ops.validation import check_mix
 
 HEAD = "Tensor norm_weight, Tensor gate_weight, Tensor gate_bias"
@@ -74,7 +74,7 @@ def for_each_side(
     gates: Gates, synthesis: Synthesis, pairs: int, visit: Callable[[Side, Tensor], None], *, fill: bool = False
 ) -> None:
     """Visit both anchor sides of every tile with its gates; ``fill`` evaluates and stashes them on the way."""
-    for tile in plan_tiles(gates.field.n, pairs, synthesis.boundaries):
+    for tile in gates.field.tiles(pairs, synthesis.boundaries):
         values = gates.of(gates.field.edges(tile), tile, fill=True) if fill else gates.tile(tile)
         for side in synthesis.sides(tile):
             visit(side, side.view(values.view(*tile.shape, -1)))

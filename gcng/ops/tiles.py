@@ -66,23 +66,24 @@ def pair_count(n: int) -> int:
     return n * (n + 1) // 2
 
 
-def plan_tiles(n: int, pairs_per_tile: int, boundaries: Sequence[int] | None = None) -> list[Tile]:
+def plan_tiles(
+    n: int, pairs_per_tile: int, boundaries: Sequence[int] | None = None, most_rows: int | None = None
+) -> list[Tile]:
     """Cover all unordered pairs of ``n`` nodes by tiles of about ``pairs_per_tile`` pairs, in a fixed order.
 
     Args:
         n: number of nodes. pairs_per_tile: target; a tile never holds less than one row by one column (block).
         boundaries: starts of the blocks that must not be cut (class starts), ending with ``n``; None cuts anywhere.
+        most_rows: rows of a tile at most, as far as the blocks allow; None is a sixteenth of the nodes.
 
     Returns:
         Tiles by rows, then columns; every unordered pair is in exactly one of them.
     """
     cuts = range(n + 1) if boundaries is None else boundaries
-    # Rows as long as the batch give the fewest tiles and the smallest squares on the diagonal; where that would leave a
-    # few rows only, a tile is about four times as wide as high. More than a sixteenth of the rows at once would waste
-    # too much on the squares.
-    whole = pairs_per_tile // max(n, 1)
-    height = whole if whole >= max(6, n // 32) else math.isqrt(pairs_per_tile) // 4
-    height = max(1, min(height, max(2, n // 16)))
+    most = max(1, max(2, n // 16) if most_rows is None else most_rows)
+    # Rows up to the end of the batch give the fewest tiles and the smallest squares on the diagonal; where that would
+    # leave a few rows only, a tile is about four times as wide as high.
+    height = max(1, min(math.isqrt(pairs_per_tile) // 4, most))
     width = max(1, pairs_per_tile // height)
     # Columns are cut on one grid for all rows: nearly all tiles then have the same size, and the allocator hands
     # out the same blocks again instead of splitting them a little further with every row.
@@ -90,9 +91,12 @@ def plan_tiles(n: int, pairs_per_tile: int, boundaries: Sequence[int] | None = N
     grid = sorted({*grid, n} - {0})
     tiles, row = [], 0
     while row < len(cuts) - 1:
-        end = max(row + 1, bisect.bisect_right(cuts, cuts[row] + height) - 1)
+        whole = pairs_per_tile // (n - cuts[row])
+        to_the_end = whole >= min(4, most)
+        wanted = min(whole, most) if to_the_end else height
+        end = max(row + 1, bisect.bisect_right(cuts, cuts[row] + wanted) - 1)
         r0, r1, c0 = cuts[row], cuts[end], cuts[row]
-        for c1 in grid[bisect.bisect_left(grid, r1) :]:
+        for c1 in [n] if to_the_end else grid[bisect.bisect_left(grid, r1) :]:
             tiles.append(Tile(r0, r1, c0, c1))
             c0 = c1
         row = end
