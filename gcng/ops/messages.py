@@ -6,6 +6,7 @@ tile again (unless its pre-activation is stashed), then the chain of edge layers
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -45,8 +46,7 @@ def _messages(
             from_nodes = not packed and not field.layers
             if from_nodes and field.kernels.product_messages(field.base, *operands, n, tile, out, stash=kept_here):
                 continue
-            before = field.take("messages", tile, weight.shape[0])
-            linear(field.edges(tile), *operands, before)
+            before = linear(field.edges(tile), *operands, field.room("messages", tile, weight.shape[0]))
             field.kernels.messages(before, n, tile, out, stash=kept_here)
         return out.to(base.dtype), kept
 
@@ -89,13 +89,13 @@ def _messages_backward(
             e, states = field.edges_with_states(tile) if grads.wanted else (field.edges(tile), [])
             before = kept
             if not stash:
-                before = field.take("messages", tile, weight.shape[0])
-                linear(e, *operands, before)
+                before = linear(e, *operands, field.room("messages", tile, weight.shape[0]))
             grad_before = field.take("grad messages", tile, weight.shape[0])
             field.kernels.messages_backward(wide_grad, before, n, tile, grad_before, grad_bias, packed=stash)
             accumulate(grad_weight, grad_before.T, e)
             if grads.wanted:
-                grads.add(tile, product(grad_before, operands[0], field.take_wide("grad", tile)), states)
+                room = functools.partial(field.take_wide, "grad", tile)
+                grads.add(tile, product(grad_before, operands[0], room), states)
         out = [grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)]
         out += [grads.base.to(base.dtype)] if need_base else []
         return out + ([g.to(x.dtype) for g, x in zip(grads.chain(), chain, strict=True)] if need_chain else [])
