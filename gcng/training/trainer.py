@@ -212,7 +212,9 @@ class Trainer:
         began = time.monotonic()
         with StopOnSignal() as stop:
             while self.epoch < self.config.schedule.epochs:
-                self._train_epoch(report, stop)
+                # The loader is one epoch ahead where a checkpoint was written during the evaluation.
+                if self.loader.epoch == self.epoch:
+                    self._train_epoch(report, stop)
                 self._end_epoch(report, stop)
         newest, best = self.checkpoints.files(), self.checkpoints.best_file()
         return RunResult(
@@ -286,7 +288,8 @@ class Trainer:
             )
 
     def _end_epoch(self, report: RunReport, stop: StopOnSignal) -> None:
-        # Evaluation comes first and changes nothing, so an interrupt in it leaves the state of the last step.
+        # Evaluation comes first and changes nothing, so an interrupt in it leaves the state of the last step; the
+        # loader already stands at the next epoch then.
         number, epochs, every = self.epoch + 1, self.config.schedule.epochs, self.config.evaluation.every
         metrics = None
         if every and self.data.test is not None and (number % every == 0 or number == epochs):
