@@ -6,40 +6,21 @@ they may be kept too, the two tensors that spare the backward its recomputation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 
 from gcng.ops.dispatch import operand_dtype
-from gcng.ops.pair_field import (
-    CHAIN_WIDTH,
-    FIELD,
-    Dropout,
-    FieldGradients,
-    HiddenState,
-    PairField,
-    with_smaller_tiles,
-)
-from gcng.ops.registration import any_needed, define_field_autocast, define_gradient, define_op
+from gcng.ops.field_op import FIELD, FieldArguments, field_needs, grouped, keep_field, kept_field, split_arguments
+from gcng.ops.pair_field import FieldGradients, HiddenState, with_smaller_tiles
+from gcng.ops.registration import define_field_autocast, define_gradient, define_op
 from gcng.ops.tiles import pair_count
 
 
-def _edges(
-    base: Tensor,
-    packed: bool,
-    chain: Sequence[Tensor],
-    identity: Tensor,
-    seed: Tensor,
-    p: float,
-    first_layer: int,
-    pairs_per_tile: int,
-    stash: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    n, width = identity.shape[0], base.shape[-1]
-    field = PairField(base, packed, n, chain, Dropout(identity, seed, p, first_layer))
-    if stash and len(chain) != CHAIN_WIDTH:
-        raise ValueError(f"gcng::edges: stash needs a chain of one layer, got {len(chain) // CHAIN_WIDTH}")
+@grouped(FieldArguments)
+def _edges(arguments: FieldArguments, pairs_per_tile: int, stash: bool) -> tuple[Tensor, Tensor, Tensor]:
+    field = arguments.open()
+    n, width = field.n, field.width
+    if stash and len(field.layers) != 1:
+        raise ValueError(f"gcng::edges: stash needs a chain of one layer, got {len(field.layers)}")
 
     def run(pairs: int) -> tuple[Tensor, Tensor, Tensor]:
         out = field.base.new_empty((pair_count(n), width))
@@ -56,31 +37,27 @@ def _edges(
     return with_smaller_tiles(run, pairs_per_tile)
 
 
-def _edges_fake(base, packed, chain, identity, seed, p, first_layer, pairs_per_tile, stash):
-    n, width, dtype = identity.shape[0], base.shape[-1], operand_dtype(base)
-    kept = n * (n + 1) // 2 if stash else 0
-    sizes = ((n * (n + 1) // 2, width), (kept, 4 * width), (kept, width))
-    return tuple(base.new_empty(size, dtype=dtype) for size in sizes)
+@grouped(FieldArguments)
+def _edges_fake(arguments: FieldArguments, pairs_per_tile: int, stash: bool) -> tuple[Tensor, Tensor, Tensor]:
+    base, width = arguments.base, arguments.base.shape[-1]
+    pairs = pair_count(arguments.n)
+    kept = pairs if stash else 0
+    sizes = ((pairs, width), (kept, 4 * width), (kept, width))
+    return tuple(base.new_empty(size, dtype=operand_dtype(base)) for size in sizes)
 
 
+@grouped(FieldArguments, after=3)
 def _edges_backward(
     grad: Tensor,
     hidden: Tensor,
     before: Tensor,
-    base: Tensor,
-    packed: bool,
-    chain: Sequence[Tensor],
-    identity: Tensor,
-    seed: Tensor,
-    p: float,
-    first_layer: int,
+    arguments: FieldArguments,
     pairs_per_tile: int,
     stash: bool,
     need_base: bool,
     need_chain: bool,
 ) -> list[Tensor]:
-    n = identity.shape[0]
-    field = PairField(base, packed, n, chain, Dropout(identity, seed, p, first_layer))
+    field = arguments.open()
     # As wide as the edges that it belongs to: there are as many of them.
     grad = grad.to(field.operand).contiguous()
 
@@ -92,18 +69,16 @@ def _edges_backward(
             else:
                 states = field.edges_with_states(tile)[1]
             grads.add(tile, grad, states, packed=True)
-        out = [grads.base.to(base.dtype)] if need_base else []
-        return out + ([g.to(x.dtype) for g, x in zip(grads.chain(), chain, strict=True)] if need_chain else [])
+        return arguments.gradients(grads)
 
     return with_smaller_tiles(run, pairs_per_tile)
 
 
+@grouped(FieldArguments, after=3)
 def _edges_backward_fake(
-    grad, hidden, before, base, packed, chain, identity, seed, p, first_layer, pairs_per_tile, stash,
-    need_base, need_chain,
-):  # fmt: skip
-    like = ([base] if need_base else []) + (list(chain) if need_chain else [])
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in like]
+    grad, hidden, before, arguments: FieldArguments, pairs_per_tile, stash, need_base, need_chain
+) -> list[Tensor]:
+    return arguments.like_gradients(need_base, need_chain)
 
 
 edges = define_op(
@@ -118,24 +93,16 @@ _backward = define_op(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    base, ctx.packed, chain, identity, seed, ctx.p, ctx.first_layer, ctx.pairs, ctx.stash = inputs
-    ctx.save_for_backward(*output[1:], base, identity, seed, *chain)
-    ctx.mark_non_differentiable(*output[1:])
-    # Or autograd would fill the gradients of stashed outputs with zeros, each as large as its stash.
-    ctx.set_materialize_grads(False)
+    arguments, ctx.pairs, ctx.stash = split_arguments(inputs, FieldArguments)
+    keep_field(ctx, arguments, output[1:])
 
 
 def _gradient(ctx, grad: Tensor | None, _grad_hidden: Tensor, _grad_before: Tensor):
-    hidden, before, base, identity, seed, *chain = ctx.saved_tensors
+    arguments, stashes = kept_field(ctx)
     if grad is None:
-        return None, None, [None] * len(chain), *([None] * 6)
-    need_base, need_chain = ctx.needs_input_grad[0], any_needed(ctx.needs_input_grad[2])
-    grads = _backward(
-        grad, hidden, before, base, ctx.packed, chain, identity, seed, ctx.p, ctx.first_layer, ctx.pairs, ctx.stash,
-        need_base, need_chain,
-    )  # fmt: skip
-    grad_base = grads.pop(0) if need_base else None
-    return grad_base, None, grads if need_chain else [None] * len(chain), None, None, None, None, None, None
+        return *arguments.spread(), None, None
+    needs = field_needs(ctx)
+    return *arguments.spread(needs, _backward(grad, *stashes, *arguments, ctx.pairs, ctx.stash, *needs)), None, None
 
 
 define_gradient("edges", _gradient, _setup_context)

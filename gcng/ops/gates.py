@@ -7,14 +7,15 @@ follow from the weight gradient, so that neither costs a pass over the pairs of 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from gcng.ops.pair_field import FIELD, Dropout, FieldGradients, PairField, with_smaller_tiles
+from gcng.ops.field_op import FIELD, FieldArguments, field_needs, grouped, keep_field, kept_field, split_arguments
+from gcng.ops.pair_field import FieldGradients, PairField, with_smaller_tiles
 from gcng.ops.products import Room, accumulate, linear, product
-from gcng.ops.registration import any_needed, compute_dtype, define_field_autocast, define_gradient, define_op
+from gcng.ops.registration import compute_dtype, define_field_autocast, define_gradient, define_op
 from gcng.ops.tiles import Tile, pair_count, pair_weights
 
 EPS = 1e-5
@@ -132,42 +133,31 @@ class GateGradients:
         return out
 
 
-def _edge_moments(
-    base: Tensor,
-    packed: bool,
-    chain: Sequence[Tensor],
-    identity: Tensor,
-    seed: Tensor,
-    p: float,
-    first_layer: int,
-    pairs_per_tile: int,
-) -> tuple[Tensor, Tensor]:
-    field = PairField(base, packed, identity.shape[0], chain, Dropout(identity, seed, p, first_layer))
+@grouped(FieldArguments)
+def _edge_moments(arguments: FieldArguments, pairs_per_tile: int) -> tuple[Tensor, Tensor]:
+    field = arguments.open()
     return with_smaller_tiles(lambda pairs: moments(field, pairs), pairs_per_tile)
 
 
-def _edge_moments_fake(base, packed, chain, identity, seed, p, first_layer, pairs_per_tile):
+@grouped(FieldArguments)
+def _edge_moments_fake(arguments: FieldArguments, pairs_per_tile: int) -> tuple[Tensor, Tensor]:
+    base = arguments.base
     mean, var = (base.new_empty((base.shape[-1],), dtype=torch.float64) for _ in range(2))
     return mean, var
 
 
+@grouped(FieldArguments, after=3)
 def _edge_moments_backward(
     grad_mean: Tensor,
     grad_var: Tensor,
     mean: Tensor,
-    base: Tensor,
-    packed: bool,
-    chain: Sequence[Tensor],
-    identity: Tensor,
-    seed: Tensor,
-    p: float,
-    first_layer: int,
+    arguments: FieldArguments,
     pairs_per_tile: int,
     need_base: bool,
     need_chain: bool,
 ) -> list[Tensor]:
-    n = identity.shape[0]
-    field = PairField(base, packed, n, chain, Dropout(identity, seed, p, first_layer))
+    field = arguments.open()
+    n = field.n
 
     def run(pairs: int) -> list[Tensor]:
         grads = FieldGradients(field, need_base=need_base, need_chain=need_chain)
@@ -181,18 +171,16 @@ def _edge_moments_backward(
                 grad, e, edge_weights(tile, e), rounded, constant.to(field.dtype), linear.to(field.dtype)
             )
             grads.add(tile, grad, states)
-        out = [grads.base.to(base.dtype)] if need_base else []
-        return out + ([g.to(x.dtype) for g, x in zip(grads.chain(), chain, strict=True)] if need_chain else [])
+        return arguments.gradients(grads)
 
     return with_smaller_tiles(run, pairs_per_tile)
 
 
+@grouped(FieldArguments, after=3)
 def _edge_moments_backward_fake(
-    grad_mean, grad_var, mean, base, packed, chain, identity, seed, p, first_layer, pairs_per_tile,
-    need_base, need_chain,
-):  # fmt: skip
-    like = ([base] if need_base else []) + (list(chain) if need_chain else [])
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in like]
+    grad_mean, grad_var, mean, arguments: FieldArguments, pairs_per_tile, need_base, need_chain
+) -> list[Tensor]:
+    return arguments.like_gradients(need_base, need_chain)
 
 
 edge_moments = define_op(
@@ -207,19 +195,17 @@ _backward = define_op(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    base, ctx.packed, chain, identity, seed, ctx.p, ctx.first_layer, ctx.pairs = inputs
-    ctx.save_for_backward(output[0], base, identity, seed, *chain)
+    arguments, ctx.pairs = split_arguments(inputs, FieldArguments)
+    keep_field(ctx, arguments, (), output[0])
 
 
-def _gradient(ctx, grad_mean: Tensor, grad_var: Tensor):
-    mean, base, identity, seed, *chain = ctx.saved_tensors
-    need_base, need_chain = ctx.needs_input_grad[0], any_needed(ctx.needs_input_grad[2])
-    grads = _backward(
-        grad_mean, grad_var, mean, base, ctx.packed, chain, identity, seed, ctx.p, ctx.first_layer, ctx.pairs,
-        need_base, need_chain,
-    )  # fmt: skip
-    grad_base = grads.pop(0) if need_base else None
-    return grad_base, None, grads if need_chain else [None] * len(chain), None, None, None, None, None
+def _gradient(ctx, grad_mean: Tensor | None, grad_var: Tensor | None):
+    arguments, (mean,) = kept_field(ctx)
+    if grad_mean is None and grad_var is None:
+        return *arguments.spread(), None
+    needs = field_needs(ctx)
+    grads = [torch.zeros_like(mean) if grad is None else grad for grad in (grad_mean, grad_var)]
+    return *arguments.spread(needs, _backward(*grads, mean, *arguments, ctx.pairs, *needs)), None
 
 
 define_gradient("edge_moments", _gradient, _setup_context)

@@ -15,20 +15,30 @@ from torch import Tensor
 
 from gcng.ops.class_cross_entropy import streamed_logit_gradient, streamed_logsumexp
 from gcng.ops.dispatch import operand_dtype
+from gcng.ops.field_op import (
+    FIELD,
+    FieldArguments,
+    empty_like_all,
+    field_needs,
+    grouped,
+    keep_field,
+    kept_field,
+    split_arguments,
+)
 from gcng.ops.gates import GateGradients, GateHead, edge_weights, packed_chunks
-from gcng.ops.n_pair import BATCH, HEAD, Gates, make_synthesis, prepare_gates
-from gcng.ops.pair_field import FIELD, Dropout, FieldGradients, PairField, with_smaller_tiles
+from gcng.ops.n_pair import BATCH, HEAD, BatchArguments, Gates, HeadArguments, prepare_gates
+from gcng.ops.pair_field import FieldGradients, with_smaller_tiles
 from gcng.ops.pair_kernels import GateSpread
-from gcng.ops.registration import any_needed, compute_dtype, define_field_autocast, define_gradient, define_op
+from gcng.ops.registration import compute_dtype, define_field_autocast, define_gradient, define_op
 from gcng.ops.synthesis_tiles import Side, Synthesis, Synthetic, SyntheticGradients
-from gcng.ops.tiles import Tile, pair_weights
+from gcng.ops.tiles import Tile, pair_count, pair_weights
 
 COSINE_FLOOR = 1e-8  # as torch.nn.functional.cosine_similarity
 CLASSES = "Tensor class_labels, Tensor dropped_class, Tensor classifier_weight, Tensor? classifier_bias"
 
 
-class Classes(NamedTuple):
-    """What the generator's losses know about the classes."""
+class ClassArguments(NamedTuple):
+    """The arguments of ``CLASSES``: what the generator's losses know about the classes."""
 
     class_labels: Tensor  # (N,) label of every node, class-major
     dropped_class: Tensor  # (N,) class whose entry (25) counts as 0, for every anchor
@@ -49,95 +59,81 @@ def _row_means_and_deviation(spread: GateSpread, n: int) -> tuple[Tensor, Tensor
     return spread.row_sums / max(n, 1) + spread.center, deviation
 
 
-def _rows_of(side: Side, classes: Classes) -> Tensor:
-    """Target label of each synthetic negative of a side, (A m,)."""
-    labels = classes.class_labels[side.synthesis.starts[side.classes]]
-    return labels.expand(side.a.shape[0], -1).reshape(-1)
+class _Terms:
+    """What the losses (24) and (25) take of the batch besides the synthetic negatives."""
+
+    def __init__(self, synthesis: Synthesis, classes: ClassArguments) -> None:
+        self._targets = classes.class_labels[synthesis.starts[:-1]]  # (M,)
+        self._norms = torch.linalg.vector_norm(synthesis.z, dim=-1, keepdim=True).clamp(min=COSINE_FLOOR)
+        self._dropped = classes.dropped_class[:, None]
+
+    def targets(self, side: Side) -> Tensor:
+        """Target label of each synthetic negative of a side, (A m,)."""
+        return self._targets[side.classes].expand(side.shape).reshape(-1)
+
+    def cosines(self, side: Side, syn: Synthetic) -> tuple[Tensor, Tensor, Tensor]:
+        """Cosine of every anchor and synthetic negative (A, m), and both norms."""
+        anchor_norm, norm = self._norms[side.anchors], syn.squares.sqrt().clamp(min=COSINE_FLOOR)
+        return syn.dots / (anchor_norm * norm), anchor_norm, norm
+
+    def counted(self, side: Side) -> Tensor:
+        """(A, m) bool: entries that (25) counts."""
+        return side.valid & (self._dropped[side.anchors] != side.class_numbers)
 
 
-def _cosines(side: Side, syn: Synthetic) -> tuple[Tensor, Tensor, Tensor]:
-    """Cosine of every anchor and synthetic negative (A, m), and both norms."""
-    anchor_norm = torch.linalg.vector_norm(side.a, dim=-1).clamp(min=COSINE_FLOOR)[:, None]
-    norm = syn.squares.sqrt().clamp(min=COSINE_FLOOR)
-    return syn.dots / (anchor_norm * norm), anchor_norm, norm
-
-
-def _counted(side: Side, classes: Classes) -> Tensor:
-    """(A, m) bool: entries that (25) counts."""
-    index = torch.arange(side.classes.start, side.classes.stop, device=side.a.device)
-    return side.valid & (classes.dropped_class[side.anchors][:, None] != index)
-
-
+@grouped(BatchArguments, FieldArguments, HeadArguments, ClassArguments)
 def _generator_synthesis(
-    z: Tensor,
-    kappa: Tensor,
-    mix: Tensor,
-    class_start: Tensor,
-    base: Tensor,
-    packed: bool,
-    chain: Sequence[Tensor],
-    identity: Tensor,
-    seed: Tensor,
-    p: float,
-    first_layer: int,
-    norm_weight: Tensor,
-    gate_weight: Tensor,
-    gate_bias: Tensor,
-    class_labels: Tensor,
-    dropped_class: Tensor,
-    classifier_weight: Tensor,
-    classifier_bias: Tensor | None,
+    batch: BatchArguments,
+    edges: FieldArguments,
+    head: HeadArguments,
+    classes: ClassArguments,
     pairs_per_tile: int,
     stash: bool,
 ) -> tuple[Tensor, ...]:
-    n = z.shape[0]
-    field = PairField(base, packed, n, chain, Dropout(identity, seed, p, first_layer))
-    synthesis = make_synthesis("generator_synthesis", z, kappa, mix, class_start, field.dtype)
-    classes = Classes(class_labels, dropped_class, classifier_weight, classifier_bias)
-    weight = classifier_weight.to(field.operand)
+    field = edges.open()
+    n, device = field.n, field.base.device
+    synthesis = batch.synthesis("generator_synthesis", field.dtype)
+    terms, weight = _Terms(synthesis, classes), classes.weight.to(field.operand)
 
     def run(pairs: int) -> tuple[Tensor, ...]:
-        gates, mean, var = prepare_gates(field, norm_weight, gate_weight, gate_bias, pairs, stash)
+        gates, mean, var = prepare_gates(field, head, pairs, stash)
         spread = _empty_spread(gates)
-        lse = torch.zeros((n, synthesis.num_classes), dtype=torch.float64, device=z.device)
-        entropy, distance = (torch.zeros((), dtype=torch.float64, device=z.device) for _ in range(2))
+        lse = torch.zeros((n, synthesis.num_classes), dtype=torch.float64, device=device)
+        entropy, distance = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(2))
 
         def visit(side: Side, gate: Tensor) -> None:
             nonlocal entropy, distance
             syn = side.synthesize(gate)
-            target = _rows_of(side, classes)
             rows = syn.values.flatten(0, 1).to(weight.dtype)
-            side_lse, logit = streamed_logsumexp(rows, weight, classifier_bias, target)
+            side_lse, logit = streamed_logsumexp(rows, weight, classes.bias, terms.targets(side))
             lse[side.anchors, side.classes] = side_lse.view(side.shape)
             losses = (side_lse - logit).view(side.shape)
-            entropy = entropy + torch.where(side.valid, losses, torch.zeros_like(losses)).sum()
-            cosine = _cosines(side, syn)[0].double()
-            distance = distance + torch.where(_counted(side, classes), 1 - cosine, torch.zeros_like(cosine)).sum()
+            entropy = entropy + torch.where(side.valid, losses, 0.0).sum()
+            cosine = terms.cosines(side, syn)[0].double()
+            distance = distance + torch.where(terms.counted(side), 1 - cosine, 0.0).sum()
 
-        boundaries = synthesis.boundaries if synthesis.has_negatives else None
-        for tile in field.tiles(pairs, boundaries):
+        for tile in field.tiles(pairs, synthesis.cuts):
             values = gates.of(field.edges(tile), tile, spread=spread, fill=True).view(*tile.shape, -1)
-            for side in synthesis.sides(tile) if synthesis.has_negatives else ():
+            for side in synthesis.sides(tile):
                 visit(side, side.view(values))
         row_means, deviation = _row_means_and_deviation(spread, n)
         pair_total = max(synthesis.num_anchors * synthesis.num_classes, 1)
-        terms = (entropy / pair_total, distance / pair_total, 0.01 * (1 - deviation))
-        return *(x.to(field.dtype) for x in terms), mean, var, lse, row_means, deviation, gates.kept
+        losses = (entropy / pair_total, distance / pair_total, 0.01 * (1 - deviation))
+        return *(x.to(field.dtype) for x in losses), mean, var, lse, row_means, deviation, gates.kept
 
     return with_smaller_tiles(run, pairs_per_tile)
 
 
-def _generator_synthesis_fake(
-    z, kappa, mix, class_start, base, packed, chain, identity, seed, p, first_layer, norm_weight, gate_weight,
-    gate_bias, class_labels, dropped_class, classifier_weight, classifier_bias, pairs_per_tile, stash,
-):  # fmt: skip
+@grouped(BatchArguments, FieldArguments)
+def _generator_synthesis_fake(batch: BatchArguments, edges: FieldArguments, *rest) -> tuple[Tensor, ...]:
+    z, base, stash = batch.z, edges.base, rest[-1]
     n, width = z.shape
     num_classes = torch.library.get_ctx().new_dynamic_size(min=0)
     sizes = ((), (), (), None, None, None, (n, width), None, None)
     out = [None if size is None else z.new_empty(size, dtype=compute_dtype(base.dtype)) for size in sizes]
     out[3], out[4] = (z.new_empty((width,), dtype=torch.float64) for _ in range(2))
     out[5], out[7] = z.new_empty((n, num_classes), dtype=torch.float64), z.new_empty((), dtype=torch.float64)
-    out[8] = z.new_empty((n * (n + 1) // 2 if stash else 0, width), dtype=operand_dtype(base))
+    out[8] = z.new_empty((pair_count(n) if stash else 0, width), dtype=operand_dtype(base))
     return tuple(out)
 
 
@@ -145,17 +141,23 @@ class _GateGradient:
     """Gradient of the gates of a tile, both orders of a pair summed, times the slope of the sigmoid."""
 
     def __init__(
-        self, gates: Gates, synthesis: Synthesis, classes: Classes, saved: Sequence[Tensor], grads: Sequence[Tensor]
+        self,
+        gates: Gates,
+        synthesis: Synthesis,
+        classes: ClassArguments,
+        saved: Sequence[Tensor],
+        grads: Sequence[Tensor],
     ) -> None:
         self.gates, self.synthesis, self.classes = gates, synthesis, classes
+        self._terms = _Terms(synthesis, classes)
         self.lse, self.row_means, deviation = saved
         dtype, n = gates.field.dtype, gates.field.n
         pair_total = max(synthesis.num_anchors * synthesis.num_classes, 1)
         self.scale_entropy, self.scale_distance = (g.to(dtype) / pair_total for g in grads[:2])
         # A spread of exactly 0 has gradient 0: the square root has none there.
         flat = deviation == 0
-        slope = -0.01 * grads[2].double() / (max(n, 1) ** 2 * torch.where(flat, torch.ones_like(deviation), deviation))
-        self.scale_spread = torch.where(flat, torch.zeros_like(slope), slope).to(dtype)
+        slope = -0.01 * grads[2].double() / (max(n, 1) ** 2 * torch.where(flat, 1.0, deviation))
+        self.scale_spread = torch.where(flat, 0.0, slope).to(dtype)
         self.grad_weight: Tensor | None = None
         self.grad_bias: Tensor | None = None
         self._weight = classes.weight.to(gates.field.operand)
@@ -165,7 +167,7 @@ class _GateGradient:
         field = self.gates.field
         grad = field.take_wide("grad gates", tile)
         field.kernels.spread_gradient(values, self.row_means, self.scale_spread, tile, grad)
-        for side in self.synthesis.sides(tile) if self.synthesis.has_negatives else ():
+        for side in self.synthesis.sides(tile):
             syn = side.synthesize(side.view(values.view(*tile.shape, -1)))
             grads = self._synthetic(side, syn, need_classifier)
             side.add_gate_gradient(syn, grads, side.view(grad.view(*tile.shape, -1)))
@@ -175,12 +177,12 @@ class _GateGradient:
 
     def _synthetic(self, side: Side, syn: Synthetic, need_classifier: bool) -> SyntheticGradients:
         """Gradients of the synthetic negatives of a side."""
-        scale = torch.where(side.valid, self.scale_entropy, torch.zeros_like(self.scale_entropy))
+        scale = torch.where(side.valid, self.scale_entropy, 0.0)
         grad, grad_weight, grad_bias = streamed_logit_gradient(
             syn.values.flatten(0, 1).to(self._weight.dtype),
             self._weight,
             self.classes.bias,
-            _rows_of(side, self.classes),
+            self._terms.targets(side),
             self.lse[side.anchors, side.classes].reshape(-1),
             scale.expand(side.shape).reshape(-1),
             need_weight=need_classifier,
@@ -188,8 +190,8 @@ class _GateGradient:
         )
         if need_classifier:
             self._add_classifier(grad_weight, grad_bias)
-        cosine, anchor_norm, norm = _cosines(side, syn)
-        scale = torch.where(_counted(side, self.classes), self.scale_distance, torch.zeros_like(cosine))
+        cosine, anchor_norm, norm = self._terms.cosines(side, syn)
+        scale = torch.where(self._terms.counted(side), self.scale_distance, 0.0)
         return SyntheticGradients(
             grad.view_as(syn.values), -scale / (anchor_norm * norm), 0.5 * scale * cosine / norm.square()
         )
@@ -203,6 +205,7 @@ class _GateGradient:
             self.grad_bias += grad_bias
 
 
+@grouped(BatchArguments, FieldArguments, HeadArguments, ClassArguments, after=7)
 def _generator_synthesis_backward(
     grads: Sequence[Tensor],
     mean: Tensor,
@@ -211,33 +214,18 @@ def _generator_synthesis_backward(
     row_means: Tensor,
     deviation: Tensor,
     kept: Tensor,
-    z: Tensor,
-    kappa: Tensor,
-    mix: Tensor,
-    class_start: Tensor,
-    base: Tensor,
-    packed: bool,
-    chain: Sequence[Tensor],
-    identity: Tensor,
-    seed: Tensor,
-    p: float,
-    first_layer: int,
-    norm_weight: Tensor,
-    gate_weight: Tensor,
-    gate_bias: Tensor,
-    class_labels: Tensor,
-    dropped_class: Tensor,
-    classifier_weight: Tensor,
-    classifier_bias: Tensor | None,
+    batch: BatchArguments,
+    edges: FieldArguments,
+    head: HeadArguments,
+    classes: ClassArguments,
     pairs_per_tile: int,
     need_base: bool,
     need_chain: bool,
     need_classifier: bool,
 ) -> list[Tensor]:
-    field = PairField(base, packed, z.shape[0], chain, Dropout(identity, seed, p, first_layer))
-    synthesis = make_synthesis("generator_synthesis", z, kappa, mix, class_start, field.dtype)
-    gates = Gates(field, GateHead(norm_weight, gate_weight, gate_bias, mean, var, field), kept)
-    classes = Classes(class_labels, dropped_class, classifier_weight, classifier_bias)
+    field = edges.open()
+    synthesis = batch.synthesis("generator_synthesis", field.dtype)
+    gates = Gates(field, GateHead(*head, mean, var, field), kept)
 
     def run(pairs: int) -> list[Tensor]:
         gradient = _GateGradient(gates, synthesis, classes, (lse, row_means, deviation), grads)
@@ -247,26 +235,20 @@ def _generator_synthesis_backward(
             out_head = _backward_materialized(gates, gradient, head_grads, field_grads, pairs, need_classifier)
         else:
             out_head = _backward_recomputing(gates, gradient, head_grads, field_grads, pairs, need_classifier)
-        like = (norm_weight, gate_weight, gate_bias)
-        out = [g.to(x.dtype) for g, x in zip(out_head, like, strict=True)]
+        out = [g.to(x.dtype) for g, x in zip(out_head, head, strict=True)]
         if need_classifier:
             out += _classifier_gradients(gradient, classes)
-        out += [field_grads.base.to(base.dtype)] if need_base else []
-        return out + ([g.to(x.dtype) for g, x in zip(field_grads.chain(), chain, strict=True)] if need_chain else [])
+        return out + edges.gradients(field_grads)
 
     return with_smaller_tiles(run, pairs_per_tile)
 
 
-def _classifier_gradients(gradient: _GateGradient, classes: Classes) -> list[Tensor]:
+def _classifier_gradients(gradient: _GateGradient, classes: ClassArguments) -> list[Tensor]:
     weight, bias = gradient.grad_weight, gradient.grad_bias
     out = [torch.zeros_like(classes.weight) if weight is None else weight.to(classes.weight.dtype)]
     if classes.bias is not None:
         out.append(torch.zeros_like(classes.bias) if bias is None else bias.to(classes.bias.dtype))
     return out
-
-
-def _plan(gates: Gates, synthesis: Synthesis, pairs: int) -> list[Tile]:
-    return gates.field.tiles(pairs, synthesis.boundaries if synthesis.has_negatives else None)
 
 
 def _backward_materialized(
@@ -280,7 +262,7 @@ def _backward_materialized(
     """Edges are in packed storage: one packed buffer first holds the gradient of the gate logits, then of the edges."""
     field = gates.field
     buffer = field_grads.base if field_grads.base is not None else torch.zeros_like(field.base)
-    for tile in _plan(gates, gradient.synthesis, pairs):
+    for tile in field.tiles(pairs, gradient.synthesis.cuts):
         logits = gradient.logits(tile, gates.tile(tile), head_grads.bias, need_classifier=need_classifier)
         field.kernels.add_packed(buffer, field.n, tile, logits)
     for chunk in packed_chunks(field.n, pairs):
@@ -303,7 +285,7 @@ def _backward_recomputing(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Nothing is stored: every tile is evaluated once for the sums over all pairs, and once more for its gradient."""
     field = gates.field
-    tiles = _plan(gates, gradient.synthesis, pairs)
+    tiles = field.tiles(pairs, gradient.synthesis.cuts)
     for tile in tiles:
         e = field.edges(tile)
         logits = gradient.logits(tile, gates.of(e, tile), head_grads.bias, need_classifier=need_classifier)
@@ -316,16 +298,15 @@ def _backward_recomputing(
     return out
 
 
+@grouped(BatchArguments, FieldArguments, HeadArguments, ClassArguments, after=7)
 def _generator_synthesis_backward_fake(
-    grads, mean, var, lse, row_means, deviation, kept, z, kappa, mix, class_start, base, packed, chain, identity,
-    seed, p, first_layer, norm_weight, gate_weight, gate_bias, class_labels, dropped_class, classifier_weight,
-    classifier_bias, pairs_per_tile, need_base, need_chain, need_classifier,
-):  # fmt: skip
-    like = [norm_weight, gate_weight, gate_bias]
+    grads, mean, var, lse, row_means, deviation, kept, batch: BatchArguments, edges: FieldArguments,
+    head: HeadArguments, classes: ClassArguments, pairs_per_tile, need_base, need_chain, need_classifier,
+) -> list[Tensor]:  # fmt: skip
+    like = [*head]
     if need_classifier:
-        like += [classifier_weight] + ([] if classifier_bias is None else [classifier_bias])
-    like += ([base] if need_base else []) + (list(chain) if need_chain else [])
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in like]
+        like += [classes.weight] + ([] if classes.bias is None else [classes.bias])
+    return empty_like_all(like) + edges.like_gradients(need_base, need_chain)
 
 
 _ARGUMENTS = f"{BATCH}, {FIELD}, {HEAD}, {CLASSES}, int pairs_per_tile"
@@ -344,43 +325,28 @@ _backward = define_op(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    (
-        z, kappa, mix, class_start, base, ctx.packed, chain, identity, seed, ctx.p, ctx.first_layer, *head,
-        class_labels, dropped, weight, bias, ctx.pairs, _stash,
-    ) = inputs  # fmt: skip
-    ctx.has_bias = bias is not None
-    optional = [bias] if ctx.has_bias else []
-    ctx.save_for_backward(
-        *output[3:], z, kappa, mix, class_start, base, identity, seed, *head, class_labels, dropped, weight,
-        *optional, *chain,
-    )  # fmt: skip
-    ctx.mark_non_differentiable(*output[3:])
-    # Or autograd would fill the gradients of stashed outputs with zeros, each as large as its stash.
-    ctx.set_materialize_grads(False)
+    batch, edges, head, classes, ctx.pairs, _stash = split_arguments(
+        inputs, BatchArguments, FieldArguments, HeadArguments, ClassArguments
+    )
+    ctx.has_bias = classes.bias is not None
+    keep_field(ctx, edges, output[3:], *batch, *head, *(x for x in classes if x is not None))
 
 
 def _gradient(ctx, *upstream):
-    saved, rest = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
-    z, kappa, mix, class_start, base, identity, seed, *rest = rest
-    head, (class_labels, dropped, weight), rest = rest[:3], rest[3:6], rest[6:]
-    bias, chain = (rest[0], rest[1:]) if ctx.has_bias else (None, rest)
-    needs = ctx.needs_input_grad
-    need_base, need_chain = needs[4], any_needed(needs[6])
-    need_classifier = needs[16] or needs[17]
-    terms = [saved[0].new_zeros(()) if grad is None else grad for grad in upstream[:3]]
+    edges, kept = kept_field(ctx)
+    stashes, batch, head, classes = kept[:6], kept[6:10], kept[10:13], kept[13:]
+    needs, at = field_needs(ctx, len(batch)), len(batch) + len(edges) + len(head)
+    need_classifier = any(ctx.needs_input_grad[at + 2 : at + 4])
+    terms = [stashes[0].new_zeros(()) if grad is None else grad for grad in upstream[:3]]
+    bias = [] if ctx.has_bias else [None]
     grads = _backward(
-        terms, *saved, z, kappa, mix, class_start, base, ctx.packed, list(chain), identity, seed, ctx.p,
-        ctx.first_layer, *head, class_labels, dropped, weight, bias, ctx.pairs, need_base, need_chain,
-        need_classifier,
-    )  # fmt: skip
-    grad_head, grads = grads[:3], list(grads[3:])
-    grad_weight = grads.pop(0) if need_classifier else None
-    grad_bias = grads.pop(0) if need_classifier and ctx.has_bias else None
-    grad_base = grads.pop(0) if need_base else None
-    grad_chain = grads if need_chain else [None] * len(chain)
+        terms, *stashes, *batch, *edges, *head, *classes, *bias, ctx.pairs, *needs, need_classifier
+    )
+    grad_head, rest = grads[:3], list(grads[3:])
+    grad_weight = rest.pop(0) if need_classifier else None
+    grad_bias = rest.pop(0) if need_classifier and ctx.has_bias else None
     return (
-        None, None, None, None, grad_base, None, grad_chain, None, None, None, None, *grad_head, None, None,
-        grad_weight, grad_bias, None, None,
+        *([None] * len(batch)), *edges.spread(needs, rest), *grad_head, None, None, grad_weight, grad_bias, None, None,
     )  # fmt: skip
 
 

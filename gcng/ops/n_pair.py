@@ -7,17 +7,19 @@ if the budget allows them.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gcng.ops.dispatch import operand_dtype, synthesis_kernels
+from gcng.ops.field_op import FIELD, FieldArguments, grouped, keep_field, kept_field, split_arguments
 from gcng.ops.gates import GateHead, moments
 from gcng.ops.layout import class_boundaries
-from gcng.ops.pair_field import FIELD, Dropout, PairField, with_smaller_tiles
+from gcng.ops.pair_field import PairField, with_smaller_tiles
 from gcng.ops.pair_kernels import GateSpread
 from gcng.ops.registration import compute_dtype, define_field_autocast, define_gradient, define_op
 from gcng.ops.synthesis_tiles import EmbeddingGradients, Side, Synthesis, SyntheticGradients
@@ -26,6 +28,30 @@ from gcng.ops.validation import check_mix
 
 HEAD = "Tensor norm_weight, Tensor gate_weight, Tensor gate_bias"
 BATCH = "Tensor z, Tensor kappa, Tensor mix, Tensor class_start"
+
+
+class HeadArguments(NamedTuple):
+    """The arguments of ``HEAD``: gain of the batch norm (D,), map (D, D) and its bias (D,) of (14)."""
+
+    norm_weight: Tensor
+    gate_weight: Tensor
+    gate_bias: Tensor
+
+
+class BatchArguments(NamedTuple):
+    """The arguments of ``BATCH``."""
+
+    z: Tensor  # (N, D) embeddings, class-major
+    kappa: Tensor  # 0-dim
+    mix: Tensor  # (K, K - 1)
+    class_start: Tensor  # (N + 1,) int64
+
+    def synthesis(self, op: str, dtype: torch.dtype) -> Synthesis:
+        """The geometry, with the mixing numbers checked against the largest class."""
+        boundaries = class_boundaries(self.class_start)
+        check_mix(op, self.mix, max((b - a for a, b in itertools.pairwise(boundaries)), default=0))
+        z = self.z.to(dtype).contiguous()
+        return Synthesis(z, boundaries, self.kappa, self.mix, synthesis_kernels(z))
 
 
 class Gates(NamedTuple):
@@ -50,24 +76,11 @@ class Gates(NamedTuple):
         return values
 
 
-def make_synthesis(
-    op: str, z: Tensor, kappa: Tensor, mix: Tensor, class_start: Tensor, dtype: torch.dtype
-) -> Synthesis:
-    """The geometry of a class-major batch, with the mixing numbers checked against its largest class."""
-    boundaries = class_boundaries(class_start)
-    check_mix(op, mix, max((b - a for a, b in zip(boundaries, boundaries[1:], strict=False)), default=0))
-    z = z.to(dtype).contiguous()
-    return Synthesis(z, boundaries, kappa, mix, synthesis_kernels(z))
-
-
-def prepare_gates(
-    field: PairField, norm_weight: Tensor, gate_weight: Tensor, gate_bias: Tensor, pairs: int, stash: bool
-) -> tuple[Gates, Tensor, Tensor]:
+def prepare_gates(field: PairField, head: HeadArguments, pairs: int, stash: bool) -> tuple[Gates, Tensor, Tensor]:
     """First pass of both phases: statistics of the field, and room for its gates."""
     mean, var = moments(field, pairs)
-    head = GateHead(norm_weight, gate_weight, gate_bias, mean, var, field)
-    kept = field.base.new_empty((pair_count(field.n) if stash else 0, field.base.shape[-1]))
-    return Gates(field, head, kept), mean, var
+    kept = field.base.new_empty((pair_count(field.n) if stash else 0, field.width))
+    return Gates(field, GateHead(*head, mean, var, field), kept), mean, var
 
 
 def for_each_side(
@@ -91,15 +104,15 @@ class _RunningSoftmax:
 
     def visit(self, side: Side, gate: Tensor) -> None:
         syn = side.synthesize(gate, need_values=False)
-        kept = side.valid & ~side.own
-        self.squares += torch.where(kept, syn.squares, syn.squares.new_zeros(())).sum(dtype=torch.float64)
-        self.add(side.anchors, torch.where(kept, syn.dots, syn.dots.new_full((), -math.inf)))
+        kept = side.others
+        self.squares += torch.where(kept, syn.squares, 0.0).sum(dtype=torch.float64)
+        self.add(side.anchors, torch.where(kept, syn.dots, -math.inf))
 
     def add(self, anchors: slice, logits: Tensor) -> None:
         before = self.maximum[anchors]
         raised = torch.maximum(before, logits.amax(-1))
         # A floor for rows that have seen nothing yet: exp(-inf - 0) is 0, exp(-inf + inf) is not.
-        shift = torch.where(raised == -math.inf, torch.zeros_like(raised), raised)
+        shift = torch.where(raised == -math.inf, 0.0, raised)
         self.total[anchors] = self.total[anchors] * (before - shift).exp() + (logits - shift[:, None]).exp().sum(-1)
         self.maximum[anchors] = raised
 
@@ -107,90 +120,70 @@ class _RunningSoftmax:
         return self.maximum + self.total.log()
 
 
+@grouped(BatchArguments, FieldArguments, HeadArguments)
 def _n_pair_synthesis(
-    z: Tensor,
-    kappa: Tensor,
-    mix: Tensor,
-    class_start: Tensor,
-    base: Tensor,
-    packed: bool,
-    chain: Sequence[Tensor],
-    identity: Tensor,
-    seed: Tensor,
-    p: float,
-    first_layer: int,
-    norm_weight: Tensor,
-    gate_weight: Tensor,
-    gate_bias: Tensor,
+    batch: BatchArguments,
+    edges: FieldArguments,
+    head: HeadArguments,
     l2_reg: float,
     pairs_per_tile: int,
     stash: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    field = PairField(base, packed, z.shape[0], chain, Dropout(identity, seed, p, first_layer))
-    synthesis = make_synthesis("n_pair_synthesis", z, kappa, mix, class_start, field.dtype)
+    field = edges.open()
+    synthesis = batch.synthesis("n_pair_synthesis", field.dtype)
 
     def run(pairs: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         if not synthesis.has_negatives:
-            width = z.shape[-1]
-            nothing = field.base.new_zeros((pair_count(field.n) if stash else 0, width))
-            loss, lse = (field.base.new_zeros(size, dtype=field.dtype) for size in ((), z.shape[0]))
-            mean, var = (torch.zeros(width, dtype=torch.float64, device=z.device) for _ in range(2))
+            nothing = field.base.new_zeros((pair_count(field.n) if stash else 0, field.width))
+            loss, lse = (field.base.new_zeros(size, dtype=field.dtype) for size in ((), field.n))
+            mean, var = (torch.zeros(field.width, dtype=torch.float64, device=lse.device) for _ in range(2))
             return loss, mean, var, lse, nothing
-        gates, mean, var = prepare_gates(field, norm_weight, gate_weight, gate_bias, pairs, stash)
+        gates, mean, var = prepare_gates(field, head, pairs, stash)
         softmax = _RunningSoftmax(synthesis)
         for_each_side(gates, synthesis, pairs, softmax.visit, fill=True)
         wide, anchors = synthesis.z, synthesis.is_anchor
         positive_logit = (wide * wide[synthesis.positive]).sum(-1)
-        softmax.add(slice(None), torch.where(anchors, positive_logit, torch.zeros_like(positive_logit))[:, None])
+        softmax.add(slice(None), torch.where(anchors, positive_logit, 0.0)[:, None])
         lse = softmax.lse()
         count, pair_total = synthesis.num_anchors, synthesis.num_anchors * synthesis.num_classes
-        own = torch.where(anchors, lse - positive_logit, torch.zeros_like(lse)).sum() / count
-        norms = torch.where(anchors, wide.square().sum(-1), torch.zeros_like(lse)).sum()
-        positives = torch.where(anchors, wide[synthesis.positive].square().sum(-1), torch.zeros_like(lse)).sum()
+        own = torch.where(anchors, lse - positive_logit, 0.0).sum() / count
+        norms = torch.where(anchors, wide.square().sum(-1), 0.0).sum()
+        positives = torch.where(anchors, wide[synthesis.positive].square().sum(-1), 0.0).sum()
         squares = norms / count + (softmax.squares + positives) / pair_total
         return (own + 0.25 * l2_reg * squares).to(field.dtype), mean, var, lse, gates.kept
 
     return with_smaller_tiles(run, pairs_per_tile)
 
 
+@grouped(BatchArguments, FieldArguments, HeadArguments)
 def _n_pair_synthesis_fake(
-    z, kappa, mix, class_start, base, packed, chain, identity, seed, p, first_layer, norm_weight, gate_weight,
-    gate_bias, l2_reg, pairs_per_tile, stash,
-):  # fmt: skip
+    batch: BatchArguments, edges: FieldArguments, head: HeadArguments, l2_reg, pairs_per_tile, stash
+) -> tuple[Tensor, ...]:
+    z, base = batch.z, edges.base
     n, width = z.shape
     loss, lse = (z.new_empty(size, dtype=compute_dtype(base.dtype)) for size in ((), (n,)))
     mean, var = (z.new_empty((width,), dtype=torch.float64) for _ in range(2))
-    return loss, mean, var, lse, z.new_empty((n * (n + 1) // 2 if stash else 0, width), dtype=operand_dtype(base))
+    return loss, mean, var, lse, z.new_empty((pair_count(n) if stash else 0, width), dtype=operand_dtype(base))
 
 
+@grouped(BatchArguments, FieldArguments, HeadArguments, after=5)
 def _n_pair_synthesis_backward(
     grad: Tensor,
     mean: Tensor,
     var: Tensor,
     lse: Tensor,
     kept: Tensor,
-    z: Tensor,
-    kappa: Tensor,
-    mix: Tensor,
-    class_start: Tensor,
-    base: Tensor,
-    packed: bool,
-    chain: Sequence[Tensor],
-    identity: Tensor,
-    seed: Tensor,
-    p: float,
-    first_layer: int,
-    norm_weight: Tensor,
-    gate_weight: Tensor,
-    gate_bias: Tensor,
+    batch: BatchArguments,
+    edges: FieldArguments,
+    head: HeadArguments,
     l2_reg: float,
     pairs_per_tile: int,
 ) -> Tensor:
-    field = PairField(base, packed, z.shape[0], chain, Dropout(identity, seed, p, first_layer))
-    synthesis = make_synthesis("n_pair_synthesis", z, kappa, mix, class_start, field.dtype)
+    field = edges.open()
+    synthesis = batch.synthesis("n_pair_synthesis", field.dtype)
     if not synthesis.has_negatives:
-        return torch.zeros_like(z, memory_format=torch.contiguous_format)
-    gates = Gates(field, GateHead(norm_weight, gate_weight, gate_bias, mean, var, field), kept)
+        return torch.zeros_like(batch.z, memory_format=torch.contiguous_format)
+    gates = Gates(field, GateHead(*head, mean, var, field), kept)
     upstream = grad.to(field.dtype)
     count, pair_total = synthesis.num_anchors, synthesis.num_anchors * synthesis.num_classes
     decay = 0.5 * l2_reg * upstream
@@ -199,16 +192,16 @@ def _n_pair_synthesis_backward(
         grads = EmbeddingGradients(synthesis)
 
         def visit(side: Side, gate: Tensor) -> None:
-            kept_rows = side.valid & ~side.own
+            kept_rows = side.others
             logits = side.synthesize(gate, need_values=False).dots
             probability = (logits - lse[side.anchors][:, None]).exp() * (upstream / count)
-            probability = torch.where(kept_rows, probability, torch.zeros_like(probability))
-            penalty = torch.where(kept_rows, 0.5 * decay / pair_total, torch.zeros_like(probability))
+            probability = torch.where(kept_rows, probability, 0.0)
+            penalty = torch.where(kept_rows, 0.5 * decay / pair_total, 0.0)
             side.backward(gate, SyntheticGradients(None, probability, penalty), grads)
 
         for_each_side(gates, synthesis, pairs, visit)
         _add_positive_column(grads, lse, upstream / count, decay / count, decay / pair_total)
-        return grads.finish().to(z.dtype)
+        return grads.finish().to(batch.z.dtype)
 
     return with_smaller_tiles(run, pairs_per_tile)
 
@@ -221,7 +214,7 @@ def _add_positive_column(
     z, positive = synthesis.z, synthesis.positive
     logit = (z * z[positive]).sum(-1)
     # softmax minus one of a confident row: expm1 keeps the digits that a difference of two numbers near 1 would lose.
-    slope = torch.where(synthesis.is_anchor, torch.expm1(logit - lse) * scale, torch.zeros_like(logit))[:, None]
+    slope = torch.where(synthesis.is_anchor, torch.expm1(logit - lse) * scale, 0.0)[:, None]
     valid = synthesis.is_anchor[:, None].to(z.dtype)
     grads.z += slope * z[positive] + valid * anchor_decay * z
     grads.z.index_add_(0, positive, slope * z + valid * positive_decay * z[positive])
@@ -246,26 +239,19 @@ _backward = define_op(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    (
-        z, kappa, mix, class_start, base, ctx.packed, chain, identity, seed, ctx.p, ctx.first_layer, *head,
-        ctx.l2_reg, ctx.pairs, _stash,
-    ) = inputs  # fmt: skip
-    ctx.save_for_backward(*output[1:], z, kappa, mix, class_start, base, identity, seed, *head, *chain)
-    ctx.mark_non_differentiable(*output[1:])
-    # Or autograd would fill the gradients of stashed outputs with zeros, each as large as its stash.
-    ctx.set_materialize_grads(False)
+    batch, edges, head, ctx.l2_reg, ctx.pairs, _stash = split_arguments(
+        inputs, BatchArguments, FieldArguments, HeadArguments
+    )
+    keep_field(ctx, edges, output[1:], *batch, *head)
 
 
-def _gradient(ctx, grad: Tensor, *_unused):
-    mean, var, lse, kept, z, kappa, mix, class_start, base, identity, seed, *rest = ctx.saved_tensors
-    head, chain = rest[:3], rest[3:]
+def _gradient(ctx, grad: Tensor | None, *_unused):
+    edges, kept = kept_field(ctx)
     grad_z = None
     if grad is not None and ctx.needs_input_grad[0]:
-        grad_z = _backward(
-            grad, mean, var, lse, kept, z, kappa, mix, class_start, base, ctx.packed, chain, identity, seed, ctx.p,
-            ctx.first_layer, *head, ctx.l2_reg, ctx.pairs,
-        )  # fmt: skip
-    return grad_z, None, None, None, None, None, [None] * len(chain), *([None] * 10)
+        stashes, batch, head = kept[:4], kept[4:8], kept[8:]
+        grad_z = _backward(grad, *stashes, *batch, *edges, *head, ctx.l2_reg, ctx.pairs)
+    return grad_z, None, None, None, *edges.spread(), *([None] * 6)
 
 
 define_gradient("n_pair_synthesis", _gradient, _setup_context)

@@ -39,8 +39,6 @@ CHAIN_WIDTH = len(EdgeLayer._fields)
 # twice what those calls cost over what a pair costs. Measured on the CPU: 10 rows at D = 512 and about 20 at D = 128,
 # R² D constant. The number for a GPU follows from predicted times and was never measured.
 _SQUARED_ROWS_BY_WIDTH = {"cpu": 51_200, "cuda": 2**21}
-# How the schema of an op spells a field.
-FIELD = "Tensor base, bool packed, Tensor[] chain, Tensor identity, Tensor seed, float p, int first_layer"
 
 
 class Dropout(NamedTuple):

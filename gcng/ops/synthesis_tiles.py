@@ -33,6 +33,7 @@ class ClassTensors(NamedTuple):
     positive: Tensor  # slot of the positive; a singleton points at itself
     is_anchor: Tensor  # bool: classes of at least two samples
     size_index: Tensor  # place of the class's size among the distinct sizes
+    numbers: Tensor  # (M,) 0 .. M - 1
     sizes: tuple[int, ...]  # distinct sizes of classes, ascending
 
 
@@ -50,8 +51,9 @@ def class_tensors(boundaries: tuple[int, ...], device: torch.device) -> ClassTen
     sizes = sorted(set(counts))
     size_of_class = torch.tensor([sizes.index(c) for c in counts], device=device, dtype=torch.int64)
     positive = first + (rank + 1) % count[class_index].clamp(min=1)
+    numbers = torch.arange(len(counts), device=device)
     return ClassTensors(
-        starts, class_index, rank, positive, (count > 1)[class_index], size_of_class[class_index], tuple(sizes)
+        starts, class_index, rank, positive, (count > 1)[class_index], size_of_class[class_index], numbers, tuple(sizes)
     )
 
 
@@ -123,6 +125,7 @@ class Synthesis:
         self.num_anchors = sum(count for count in counts if count > 1)
         classes = class_tensors(tuple(self.boundaries), z.device)
         self.starts, self.class_index, self.rank, self.positive, self.is_anchor, *_ = classes
+        self.class_numbers = classes.numbers
         self.weights = chain_weights(mix.to(z), classes)  # (K, N)
         self.positive_distance = kernels.positive_distance(z, self.positive)
 
@@ -131,8 +134,15 @@ class Synthesis:
         """Whether any anchor has a negative: at least two classes, one of them with two samples."""
         return self.num_classes > 1 and self.num_anchors > 0
 
+    @property
+    def cuts(self) -> list[int] | None:
+        """Where tiles may be cut; anywhere, if nothing is synthesized."""
+        return self.boundaries if self.has_negatives else None
+
     def sides(self, tile: Tile) -> list[Side]:
         """The anchor sides of a tile: its rows against its columns, its mirrored columns against its rows."""
+        if not self.has_negatives:
+            return []
         rows = Side(self, tile.rows, tile.columns, slice(None), mirrored=False)
         if tile.mirrored.start >= tile.mirrored.stop:
             return [rows]
@@ -152,7 +162,6 @@ class Side:
         self.classes = slice(first, last)
         counts = synthesis.counts[first:last]
         self.uniform = counts[0] if len(set(counts)) == 1 else None
-        self.local_class = synthesis.class_index[negatives] - first
         self.a = synthesis.z[anchors]
         self.geometry = synthesis.kernels.geometry(synthesis, anchors, negatives)
 
@@ -167,16 +176,24 @@ class Side:
         return part.transpose(0, 1) if self.mirrored else part
 
     @property
+    def local_class(self) -> Tensor:
+        """(B,) place of each negative's class among the classes."""
+        return self.synthesis.class_index[self.negatives] - self.classes.start
+
+    @property
     def valid(self) -> Tensor:
         """(A, 1) bool: rows that are anchors."""
         return self.synthesis.is_anchor[self.anchors][:, None]
 
     @property
-    def own(self) -> Tensor:
-        """(A, m) bool: the anchor's own class."""
-        first, last = self.classes.start, self.classes.stop
-        index = torch.arange(first, last, device=self.a.device)
-        return self.synthesis.class_index[self.anchors][:, None] == index
+    def class_numbers(self) -> Tensor:
+        """(m,) indices of the classes."""
+        return self.synthesis.class_numbers[self.classes]
+
+    @property
+    def others(self) -> Tensor:
+        """(A, m) bool: rows that are anchors, against the classes that are not their own."""
+        return self.valid & (self.synthesis.class_index[self.anchors][:, None] != self.class_numbers)
 
     def synthesize(self, gate: Tensor, *, need_values: bool = True) -> Synthetic:
         """Synthetic negatives from the gates (A, B, D), as :meth:`view` gives them."""
