@@ -20,8 +20,12 @@ TORCH := $(shell grep -m 1 '^torch==' requirements.txt)
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 BIN36 := $(VENV_TRITON36)/bin
 PIP36 := $(BIN36)/python -m pip --disable-pip-version-check
+# $(call check,PIP): torch's CUDA builds pin one triton, and the tests choose theirs. No other conflict may stand.
+check = found="$$($(1) check)"; test -n "$$found" && ! printf '%s\n' "$$found" | grep -Ev \
+    '^No broken requirements found|^torch [^ ]+ has requirement triton==[^,]*, but you have triton [^ ]+$$' >&2
 
-.PHONY: help setup extension demo test test-long test-triton36 test-sanitizers lint bench clean distclean
+.PHONY: help setup check-packages peers extension demo test test-long test-triton36 test-sanitizers lint bench clean \
+    distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -31,14 +35,16 @@ help:
 	@echo "make test-triton36  interpret and compile the GPU kernels with triton 3.6.0, in $(VENV_TRITON36)"
 	@echo "make test-sanitizers  run the C++ kernels under address, undefined-behavior and thread sanitizers"
 	@echo "make bench      measure what this machine's results file lacks, then write tables and figures (ARGS=--list)"
+	@echo "make peers      install the libraries that the benchmarks set gcng beside"
 	@echo "make setup      only make the environment ($(VENV))"
 	@echo "make clean      remove what builds and tests leave; make distclean: the environments too"
 
 setup: $(READY)
 
 # torch comes first, and alone, so that nothing else decides which build of it is installed; the requirements and the project
-# then find it in place. The project is installed editable and with the pinned setuptools, so this step resolves nothing.
-$(READY): pyproject.toml setup.py requirements.txt requirements-dev.txt
+# then find it in place. Triton comes without its resolver: torch from PyPI pins one version, and no test needs just that one.
+# The project is installed editable and with the pinned setuptools, so this step resolves nothing.
+$(READY): pyproject.toml setup.py requirements.txt requirements-dev.txt requirements-triton.txt
 	@command -v $(PYTHON) >/dev/null || { \
 	    echo "gcng: no interpreter '$(PYTHON)'. Install Python 3.11 or later, or name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -50,17 +56,27 @@ $(READY): pyproject.toml setup.py requirements.txt requirements-dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install $(TORCH) --constraint requirements.txt $(INDEX)
 	$(PIP) install --requirement requirements-dev.txt
+	$(PIP) install --no-deps --requirement requirements-triton.txt
 	$(PIP) install --no-deps --no-build-isolation --editable .
-	$(PIP) check
+	@$(call check,$(PIP))
 	@touch $@
 
-$(VENV_TRITON36)/.ready: pyproject.toml setup.py requirements-triton36.txt
+$(VENV_TRITON36)/.ready: pyproject.toml setup.py requirements.txt requirements-dev.txt requirements-triton36.txt
 	test -x $(BIN36)/python || $(PYTHON) -m venv $(VENV_TRITON36)
-	$(PIP36) install $(TORCH) --constraint requirements-triton36.txt $(INDEX)
-	$(PIP36) install --requirement requirements-triton36.txt
+	$(PIP36) install $(TORCH) --constraint requirements.txt $(INDEX)
+	$(PIP36) install --requirement requirements-dev.txt
+	$(PIP36) install --no-deps --requirement requirements-triton36.txt
 	$(PIP36) install --no-deps --no-build-isolation --editable .
-	$(PIP36) check
+	@$(call check,$(PIP36))
 	@touch $@
+
+check-packages: $(READY)
+	@$(call check,$(PIP))
+
+# Without what they ask for: all of it is there, and none of them may choose another torch or triton.
+peers: $(READY)
+	$(PIP) install --no-deps --requirement requirements-peers.txt
+	@$(call check,$(PIP))
 
 # Compiles what changed in csrc/ since $(READY) did; does nothing where there is no compiler.
 extension: $(READY)

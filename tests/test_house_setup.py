@@ -1,0 +1,66 @@
+"""The set-up of a fresh machine: exact pins that PyPI can resolve, and a package check that lets one conflict pass."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CLEAN = "No broken requirements found."
+TRITON = 'torch 2.13.0 has requirement triton==3.7.1; platform_system == "Linux", but you have triton 3.9.0.'
+NUMPY = "scipy 1.17.1 has requirement numpy<2.7,>=1.26.4, but you have numpy 3.0.0."
+
+
+def pins(name: str) -> dict[str, str]:
+    """Package -> version of one requirements file; every line must be an exact pin."""
+    lines = [line.partition("#")[0].strip() for line in (ROOT / name).read_text(encoding="utf-8").splitlines()]
+    found = {}
+    for line in filter(None, lines):
+        if line != "-r requirements.txt":
+            match = re.fullmatch(r"([a-z0-9-]+)==(\d[\w.]*)( ; platform_system == \"Linux\")?", line)
+            assert match, f"{name}: {line!r} is no exact pin"
+            found[match[1]] = match[2]
+    return found
+
+
+def test_torch_is_pinned_first_and_triton_where_no_resolver_sees_it():
+    """torch from PyPI requires one triton exactly: a pin of another one beside it cannot be resolved."""
+    assert next(iter(pins("requirements.txt"))) == "torch"
+    resolved = pins("requirements.txt") | pins("requirements-dev.txt")
+    assert "triton" not in resolved
+    assert set(pins("requirements-triton.txt")) == {"triton"}
+    oldest = pins("requirements-triton36.txt")
+    assert set(oldest) == {"numpy", "triton"} and oldest["triton"].startswith("3.6.")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for name in ("requirements-triton.txt", "requirements-triton36.txt", "requirements-peers.txt"):
+        assert re.search(rf"install --no-deps --requirement {name}$", makefile, re.MULTILINE), name
+        in_set_up = re.search(rf"(READY\)|\.ready): .*{re.escape(name)}", makefile) is not None
+        assert in_set_up is name.startswith("requirements-triton"), name
+
+
+def test_peers_are_those_of_the_extra():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    named = {re.match(r"[a-z0-9-]+", line)[0] for line in extras["bench"]}
+    assert set(pins("requirements-peers.txt")) <= named
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize(
+    ("said", "passes"),
+    [([CLEAN], True), ([TRITON], True), ([NUMPY], False), ([TRITON, NUMPY], False), ([], False)],
+)
+def test_only_the_triton_that_torch_pins_may_differ(tmp_path, said, passes):
+    pip = tmp_path / "pip"
+    pip.write_text("\n".join(["#!/bin/sh", *(f"echo '{line}'" for line in said), f"exit {int(said != [CLEAN])}"]))
+    pip.chmod(0o755)
+    ready = tmp_path / ".ready"
+    ready.touch()
+    command = ["make", "--silent", "check-packages", f"READY={ready}", f"PIP={pip}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode == 0) is passes, done.stdout + done.stderr
+    assert ("scipy" in done.stderr) is (NUMPY in said)
