@@ -276,3 +276,9 @@ def test_a_results_file_belongs_to_one_machine(tmp_path):
         Results.open(path)
     assert machine.file_name({"cpu": "Example (R) 9 Processor", "cores": 2}) == "example-9-2-cores.json"
     assert machine.file_name({"cpu": "x", "cores": 2, "gpu": "NVIDIA H200"}) == "nvidia-h200.json"
+
+
+def test_a_source_without_git_has_an_unknown_revision(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = machine.revision()
+    assert found["commit"] == "unknown" and found["modified"] is False
