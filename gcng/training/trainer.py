@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -310,16 +310,19 @@ class Trainer:
         def watch(done: int, total: int) -> None:
             report.evaluating(done, total)
             if stop.requested:
-                self._stop(report)
+                raise Interrupted
 
-        metrics = evaluate(self.config, self.extractor, self.data, device=self.device, on_batch=watch)
+        try:
+            metrics = evaluate(self.config, self.extractor, self.data, device=self.device, on_batch=watch)
+        except Interrupted:  # save out here: in there the random state is the evaluation's own
+            self._stop(report)
         report.event("evaluation", self.step, epoch=self.epoch, **metrics)
         name = self.config.checkpoint.best_metric
         if name not in metrics:
             raise ConfigError(f"checkpoint.best_metric is {name!r}; the evaluation gives {', '.join(metrics)}")
         return metrics
 
-    def _stop(self, report: RunReport, *, is_best: bool = False) -> None:
+    def _stop(self, report: RunReport, *, is_best: bool = False) -> NoReturn:
         self._save_last(report, is_best=is_best)
         raise Interrupted(f"stopped after step {self.step}; continue with --resume")
 
