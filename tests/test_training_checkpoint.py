@@ -168,6 +168,22 @@ def test_keeps_the_newest_and_the_best(tmp_path):
     assert load_checkpoint(folder.best_file())["step"] == 2
 
 
+def test_files_beyond_the_one_just_written_neither_count_nor_go(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=1)
+    for step in (90, 100):
+        folder.save(step, {"step": step}, manifest={}, is_best=step == 90)
+    damaged = folder.files()[0]
+    damaged.write_bytes(b"nothing")
+    assert folder.load_newest().state["step"] == 90
+    for step in (95, 97):
+        path = folder.save(step, {"step": step}, manifest={})
+        assert path.exists() and folder.load_newest().state["step"] == step
+    assert [path.name for path in folder.files()] == [f"step-{step:09d}.pt" for step in (100, 97, 90)]
+    assert [path.name for path in folder.files_beyond(96)] == ["step-000000100.pt", "step-000000097.pt"]
+    folder.save(100, {"step": 100}, manifest={})
+    assert [path.name for path in folder.files()] == [f"step-{step:09d}.pt" for step in (100, 90)]
+
+
 def test_damaged_newest_falls_back_and_says_so(tmp_path):
     folder = CheckpointFolder(tmp_path)
     for step in (1, 2, 3):

@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from gcng.training import Interrupted, fit
+from gcng.training import ConfigError, Interrupted, fit
 from gcng.training import trainer as trainer_module
 from gcng.training.runs import states_equal as equal
 from gcng.training.signals import StopOnSignal
@@ -56,3 +56,18 @@ def test_interrupt_of_an_evaluation_is_resumed_bitwise(tmp_path, monkeypatch, st
     assert result.steps == EPOCHS * LENGTH
     assert equal(final_state(stopped), final_state(straight))
     assert losses(stopped) == losses(straight)
+
+
+def test_going_back_to_an_earlier_step_needs_a_folder_of_its_own(tmp_path):
+    settings = config(tmp_path / "run")
+    fit(settings, stream=io.StringIO(), **parts())
+    expected = final_state(settings)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    before = sorted(path.name for path in checkpoints.iterdir())
+    earlier = checkpoints / f"step-{LENGTH:09d}.pt"
+    with pytest.raises(ConfigError, match=r"is of step 4, .*step-000000012.pt, step-000000008.pt.*another run.output"):
+        fit(settings, resume=earlier, stream=io.StringIO(), **parts())
+    assert sorted(path.name for path in checkpoints.iterdir()) == before
+    elsewhere = config(tmp_path / "other")
+    fit(elsewhere, resume=earlier, stream=io.StringIO(), **parts())
+    assert equal(final_state(elsewhere), expected)

@@ -161,6 +161,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"checkpoint {path} cannot be loaded: {error}") from error
 
 
+def _file_name(step: int) -> str:
+    return f"step-{step:09d}.pt"
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A usable checkpoint and what was wrong with newer ones."""
@@ -175,7 +179,7 @@ class CheckpointFolder:
 
     Args:
         folder: Made when the first checkpoint is saved.
-        keep: Newest files to keep, beside the best one.
+        keep: Files to keep up to the one just written, newest first, beside the best one.
     """
 
     def __init__(self, folder: str | Path, *, keep: int = 3) -> None:
@@ -187,6 +191,10 @@ class CheckpointFolder:
         if not self.folder.is_dir():
             return []
         return sorted((path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)), reverse=True)
+
+    def files_beyond(self, step: int) -> list[Path]:
+        """Files of later steps than ``step``, newest first."""
+        return [path for path in self.files() if path.name > _file_name(step)]
 
     def best_file(self) -> Path | None:
         """The checkpoint with the best evaluation, or None."""
@@ -200,11 +208,11 @@ class CheckpointFolder:
     def save(self, step: int, state: dict[str, Any], *, manifest: dict[str, Any], is_best: bool = False) -> Path:
         """Write the checkpoint of ``step``, point ``best.json`` at it if asked to, remove old ones."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"step-{step:09d}.pt"
+        path = self.folder / _file_name(step)
         save_checkpoint(path, state, manifest={"step": step, **manifest})
         if is_best:
             self._point_best_at(path, manifest)
-        self._remove_old()
+        self._remove_old(path)
         return path
 
     def _point_best_at(self, path: Path, manifest: dict[str, Any]) -> None:
@@ -221,9 +229,10 @@ class CheckpointFolder:
             raise
         _sync_folder(self.folder)
 
-    def _remove_old(self) -> None:
+    def _remove_old(self, written: Path) -> None:
         best = self.best_file()
-        for path in self.files()[self.keep :]:
+        # Files beyond the one just written are damaged, or of another branch: they neither count nor go.
+        for path in [path for path in self.files() if path.name <= written.name][self.keep :]:
             if path != best:
                 path.unlink(missing_ok=True)
         for path in self.folder.glob("*.tmp.*"):  # left by a process that was killed while it wrote

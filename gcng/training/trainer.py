@@ -189,6 +189,7 @@ class Trainer:
 
         Raises:
             CheckpointError: ``path`` is unusable, or files exist and none is usable.
+            ConfigError: The folder holds steps beyond ``path``, from which the next resume would go on.
         """
         if path is not None:
             loaded = Loaded(Path(path), load_checkpoint(path), ())
@@ -197,6 +198,13 @@ class Trainer:
         else:
             return None
         self.load_state_dict(loaded.state)
+        beyond = self.checkpoints.files_beyond(self.step) if path is not None else []
+        if beyond:
+            names = ", ".join(file.name for file in beyond)
+            raise ConfigError(
+                f"{path} is of step {self.step}, and {self.checkpoints.folder} holds later ones ({names}) that the "
+                "next --resume would go on from; choose another run.output, or move them away"
+            )
         return loaded
 
     def fit(self, report: RunReport) -> RunResult:
