@@ -7,7 +7,6 @@ and ``python -m gcng.build`` come here.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib.util
 import json
 import os
@@ -40,6 +39,12 @@ class BuildError(RuntimeError):
 
 
 # ------------------------------------------------------------------------------------------------- what is there
+
+
+def check_platform() -> None:
+    """BuildError where the libraries, which are ELF files, could not be loaded."""
+    if sys.platform != "linux":
+        raise BuildError(f"the kernels are built on Linux only, and this is {sys.platform}")
 
 
 def torch_folder() -> Path:
@@ -94,7 +99,8 @@ def cuda_architectures(text: str | None = None) -> list[str]:
 
 def num_jobs() -> int:
     """Compilers at once: MAX_JOBS, or the cores of this process."""
-    text = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    text = os.environ.get("MAX_JOBS") or str(cores)
     if not text.isdecimal() or text == "0":
         raise BuildError(f"MAX_JOBS is {text!r}; it must be a positive number")
     return int(text)
@@ -174,6 +180,8 @@ def _write_build_info(path: Path, info: Mapping[str, str]) -> Path:
 @contextlib.contextmanager
 def locked(folder: Path, timeout: float) -> Iterator[None]:
     """One process at a time in the folder of objects. The lock dies with its holder, so none is ever stale."""
+    import fcntl  # not on Windows, where an installation imports this module all the same
+
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w", encoding="utf-8") as lock:
         end = time.monotonic() + timeout
@@ -224,6 +232,7 @@ def build_cpu(
     Raises:
         BuildError: no sources, torch or compiler, a compile error, or the lock was not to be had.
     """
+    check_platform()
     torch, command = torch_folder(), compiler()
     stable = f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000"
     linked = ["-L", str(torch / "lib"), "-ltorch_cpu", "-lc10", "-pthread"]
@@ -255,6 +264,7 @@ def build_cpu(
 
 def build_cuda(target: Path, *, objects: Path | None = None, timeout: float = LOCK_TIMEOUT) -> list[Path]:
     """Build the CUDA library into the folder ``target``; needs nvcc, and neither a GPU nor torch. Else as build_cpu."""
+    check_platform()
     nvcc, architectures = cuda_compiler(), cuda_architectures()
     with _workplace(objects, target, timeout) as (folder, cache, workers):
         files = cuda_sources(folder)
@@ -293,12 +303,13 @@ def plan() -> Plan:
         raise BuildError(f"GCNG_BUILD_CUDA is {wish!r}; use auto, 0 or 1")
     folder = libraries.source_folder()
     if wish == "1":
+        check_platform()
         cuda_compiler()
         cuda_architectures()
         if folder is None or not cuda_sources(folder):
             raise BuildError("GCNG_BUILD_CUDA=1, but there is no CUDA source")
     try:
-        torch_folder(), compiler(), num_jobs()
+        check_platform(), torch_folder(), compiler(), num_jobs()
     except BuildError as error:
         return Plan(False, wish == "1", str(error))
     cuda = wish == "1"

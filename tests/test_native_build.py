@@ -192,6 +192,40 @@ def test_without_a_compiler_or_torch_the_package_is_built_without_kernels(csrc, 
     assert build.plan() == build.Plan(False, False, "torch is not installed in the environment that builds")
 
 
+@pytest.mark.parametrize("system", ["win32", "darwin"])
+def test_other_systems_install_the_package_without_kernels(system, csrc, tmp_path):
+    """In a fresh process, as setup.py runs there: no fcntl on Windows, no sched_getaffinity on either."""
+    code = f"""
+        import builtins, os, sys
+        real = builtins.__import__
+        def without(name, *rest):
+            if name == "fcntl" and {system!r} == "win32":
+                raise ModuleNotFoundError("No module named 'fcntl'")
+            return real(name, *rest)
+        builtins.__import__ = without
+        from gcng import build, libraries
+        from pathlib import Path
+        libraries.source_folder = lambda: Path({str(csrc)!r})
+        sys.platform = {system!r}
+        del os.sched_getaffinity
+        assert build.num_jobs() >= 1
+        plan = build.plan()
+        build.build_package(plan, Path({str(tmp_path / "out")!r}))
+        print(plan.cpu, plan.cuda, plan.reason)
+        try:
+            build.build_cpu(Path({str(tmp_path / "out")!r}))
+        except build.BuildError as error:
+            print(error)
+    """
+    environment = {name: value for name, value in os.environ.items() if name not in ("MAX_JOBS", "GCNG_BUILD_CUDA")}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    reason = f"the kernels are built on Linux only, and this is {system}"
+    assert done.stdout.splitlines() == [f"False False {reason}", reason], done.stderr
+    assert "without the compiled CPU kernels" in done.stderr and not (tmp_path / "out").exists()
+
+
 def test_an_older_torch_is_refused(tmp_path, monkeypatch):
     class Spec:
         submodule_search_locations = (str(tmp_path),)
