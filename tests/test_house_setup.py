@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -64,3 +65,17 @@ def test_only_the_triton_that_torch_pins_may_differ(tmp_path, said, passes):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode == 0) is passes, done.stdout + done.stderr
     assert ("scipy" in done.stderr) is (NUMPY in said)
+
+
+def test_the_ci_sets_up_the_environments_that_its_variables_name(tmp_path):
+    log = tmp_path / "log"
+    make = tmp_path / "make"
+    make.write_text(f'#!/bin/sh\necho "$@" >>{log}\nexit 7\n')
+    make.chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    settings = {**os.environ, "PATH": path, "VENV": "/a", "VENV_TRITON36": "/b", "CXX": "sh"}
+    done = subprocess.run([ROOT / ".ci" / "run"], env=settings, capture_output=True, text=True, check=False)
+    assert done.returncode == 7 and log.read_text() == "setup /b/.ready\n", done.stderr
+    done = subprocess.run([ROOT / ".ci" / "run"], env={**settings, "CXX": "no-such-compiler -x"}, capture_output=True)
+    assert done.returncode == 1 and b"no C++ compiler (no-such-compiler)" in done.stderr
+    assert log.read_text().count("\n") == 1
