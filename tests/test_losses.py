@@ -189,6 +189,30 @@ def test_schedule_moving_average_and_epochs() -> None:
         restored.j_avg = -1.0
 
 
+@pytest.mark.parametrize("bad", [(math.nan, 1.0), (1.0, math.nan), (math.inf, 1.0), (1.0, -math.inf)])
+def test_schedule_counts_no_step_that_is_not_finite(bad) -> None:
+    good = [(5.0, 50.0), (7.0, 60.0)]
+    expected, schedule = gcng.losses.LossAverages(), gcng.losses.LossAverages()
+    for step in good:
+        expected.observe(*step)
+    for step in [bad, good[0], bad, good[1], bad]:
+        schedule.observe(*step)
+    schedule.update(*bad)
+    for name, value in expected.state_dict().items():
+        assert torch.equal(schedule.state_dict()[name], value), name
+    schedule.end_epoch()
+    assert (schedule.j_avg, schedule.j_gen) == (6.0, 55.0)
+
+
+def test_one_bad_batch_does_not_poison_the_drop_in_criterion() -> None:
+    criterion, labels = make_criterion(), torch.tensor([0, 1, 0, 1])
+    x = torch.randn(4, D, dtype=torch.float64)
+    before = {name: value.clone() for name, value in criterion.schedule.state_dict().items()}
+    assert not criterion(x * math.nan, labels).isfinite()
+    assert all(torch.equal(value, before[name]) for name, value in criterion.schedule.state_dict().items())
+    assert criterion(x, labels).isfinite() and criterion(x, labels).isfinite()
+
+
 def test_schedule_keeps_its_precision() -> None:
     criterion = gcng.losses.GCAHNGLoss(D, C)
     criterion.schedule.j_avg = 1.0 + 1e-9

@@ -66,19 +66,20 @@ class LossAverages(nn.Module):
 
     @torch.no_grad()
     def update(self, j_m: Tensor | float, j_gen: Tensor | float) -> None:
-        """Count one step into the running epoch."""
-        self.total += self._pair(j_m, j_gen)
-        self.count += 1
+        """Count one step into the running epoch; one that is not finite counts nowhere."""
+        self._count(self._pair(j_m, j_gen))
 
     @torch.no_grad()
     def observe(self, j_m: Tensor | float, j_gen: Tensor | float) -> None:
-        """Count one step, and move the averages directly as long as no epoch was ever ended."""
+        """Count one step, and move the averages directly as long as no epoch was ever ended.
+
+        A step that is not finite counts nowhere: whoever skips it in the training is not left with a NaN here.
+        """
         pair = self._pair(j_m, j_gen)
-        self.total += pair
-        self.count += 1
+        good = self._count(pair)
         moved = torch.where(self.observed == 0, pair, self.average + (pair - self.average) / WINDOW)
-        self.average.copy_(torch.where(self.has_epochs, self.average, moved))
-        self.observed += 1
+        self.average.copy_(torch.where(good & ~self.has_epochs, moved, self.average))
+        self.observed += good
 
     @torch.no_grad()
     def end_epoch(self) -> None:
@@ -88,6 +89,13 @@ class LossAverages(nn.Module):
         self.total.zero_()
         self.count.zero_()
         self.has_epochs.fill_(True)
+
+    def _count(self, pair: Tensor) -> Tensor:
+        """Count a step if both of its values (2,) are finite; returns whether they are, 0-dim, on the device."""
+        good = pair.isfinite().all()
+        self.total += torch.where(good, pair, 0.0)
+        self.count += good
+        return good
 
     def _pair(self, j_m: Tensor | float, j_gen: Tensor | float) -> Tensor:
         values = [torch.as_tensor(x).detach().to(self.total) for x in (j_m, j_gen)]
