@@ -99,7 +99,8 @@ class LossAverages(nn.Module):
 
     def _pair(self, j_m: Tensor | float, j_gen: Tensor | float) -> Tensor:
         values = [torch.as_tensor(x).detach().to(self.total) for x in (j_m, j_gen)]
-        return torch.stack(values).clamp(min=FLOOR)
+        pair = torch.stack(values)
+        return torch.where(pair.isfinite(), pair.clamp(min=FLOOR), torch.nan)  # -inf is no small loss
 
 
 def _positive(name: str, value: float) -> float:
