@@ -50,7 +50,7 @@ def entry(operation: Operation, setting: Setting, precision: str, device: str) -
 
 def main(arguments: list[str] | None = None) -> int:
     """Measures the errors into a results file."""
-    options, results = open_results(arguments, __doc__)
+    options, results = open_results(arguments, __doc__, "accuracy")
     kind = torch.device(options.device).type
     found = []
     for name in operations.OPERATIONS:
@@ -59,6 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
         for precision in PRECISIONS[kind][: 2 if options.smoke else None]:
             found.append(entry(operation, setting, precision, options.device))
         results.replace("accuracy", found)
+    results.finish("accuracy")
     return 0
 
 

@@ -90,7 +90,7 @@ class Run:
         """Measure what is missing of a part."""
         results = Results.open(self.path, self.options.device)
         if name in ALL_MODULES:
-            if self.options.force or not results.data.get(name):
+            if self.options.force or not results.is_finished(name):
                 self._module(f"benchmarks.{name}")
             return
         wanted = unfinished(entries, results, self.options.force)
@@ -185,7 +185,7 @@ def listing(parts: dict[str, list[Entry]], results: Results) -> Iterator[str]:
     done = {row["name"] for row in results.data["rows"] if row["complete"]}
     for name, entries in parts.items():
         if name in ALL_MODULES:
-            yield f"{name}: {'done' if results.data.get(name) else 'missing'}"
+            yield f"{name}: {'done' if results.is_finished(name) else 'missing'}"
         for entry in entries:
             yield f"{name}: {entry.name}: {'done' if entry.name in done else 'missing'}"
 

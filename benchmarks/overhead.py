@@ -147,7 +147,7 @@ def measure_iteration(device: torch.device, setting: Setting = PUBLISHED_SIZE, c
 
 def main(arguments: list[str] | None = None) -> int:
     """Measures the overheads into a results file."""
-    options, results = open_results(arguments, __doc__)
+    options, results = open_results(arguments, __doc__, "overhead")
     device = torch.device(options.device)
     if options.smoke:
         rows = measure_ops(device, Setting(1, 8, 8), 1, 1)[:4] + measure_iteration(device, Setting(1, 16, 8), 1)
@@ -156,6 +156,7 @@ def main(arguments: list[str] | None = None) -> int:
         results.replace("overhead", rows)
         rows += measure_iteration(device)
     results.replace("overhead", rows)
+    results.finish("overhead")
     return 0
 
 

@@ -67,10 +67,10 @@ def measure(device: str, widths: tuple[int, ...] = (64, 128, 512), copy_bytes: i
 
 def main(arguments: list[str] | None = None) -> int:
     """Measures the rates into a results file."""
-    options, results = open_results(arguments, __doc__)
+    options, results = open_results(arguments, __doc__, "rates")
     smoke = {"widths": (16,), "copy_bytes": 2**16} if options.smoke else {}
     results.data["rates"] = measure(options.device, **smoke) | machine.revision()
-    results.save()
+    results.finish("rates")
     return 0
 
 

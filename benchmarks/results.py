@@ -1,7 +1,8 @@
 """The results file: what was measured where, written whole after every row, so that nothing is lost and reruns go on.
 
 A file holds `machine`, `versions`, `protocol`, the measured `rates` of the machine, `rows` (one per operation, setting
-and precision, each with the commit and time of its measurement), and the lists `stages`, `overhead` and `accuracy`.
+and precision, each with the commit and time of its measurement), the lists `stages`, `overhead` and `accuracy`, and in
+`finished` the names of the parts without rows that came to their end: a list is written after every entry.
 """
 
 from __future__ import annotations
@@ -75,6 +76,15 @@ class Results:
             self.data["rows"].append(found)
         return found
 
+    def is_finished(self, part: str) -> bool:
+        """Whether a part without rows came to its end; that it has entries does not say so."""
+        return part in self.data.get("finished", ())
+
+    def finish(self, part: str) -> None:
+        """A part without rows is whole."""
+        self.data["finished"] = sorted({*self.data.get("finished", ()), part})
+        self.save()
+
     def replace(self, name: str, entries: Iterable[dict]) -> None:
         """Set one of the lists, every entry stamped with commit and time."""
         stamp = machine.revision()
@@ -127,8 +137,8 @@ def measured_time(row: dict, provider: str, which: str = "both") -> dict | None:
     return times.get(which) or (times.get("forward") if which == "both" else None)
 
 
-def open_results(arguments: list[str] | None, about: str) -> tuple[argparse.Namespace, Results]:
-    """Command line and results file of a module that measures one list; sets the threads."""
+def open_results(arguments: list[str] | None, about: str, part: str) -> tuple[argparse.Namespace, Results]:
+    """Command line and results file of a module that measures one part, unfinished from now on; sets the threads."""
     import torch
 
     parser = argparse.ArgumentParser(description=about.splitlines()[0])
@@ -138,4 +148,6 @@ def open_results(arguments: list[str] | None, about: str) -> tuple[argparse.Name
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: does it run?")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    return options, Results.open(options.results, options.device)
+    results = Results.open(options.results, options.device)
+    results.data["finished"] = [name for name in results.data.get("finished", ()) if name != part]
+    return options, results

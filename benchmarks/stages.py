@@ -166,7 +166,7 @@ def generator_phase(setting: Setting, provider: str, precision: str, device: str
 
 def main(arguments: list[str] | None = None) -> int:
     """Measures the stages into a results file."""
-    options, results = open_results(arguments, __doc__)
+    options, results = open_results(arguments, __doc__, "stages")
     on_gpu = options.device.startswith("cuda")
     settings, rounds = (GPU_SETTINGS if on_gpu else SETTINGS), ROUNDS
     if options.smoke:
@@ -180,6 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
             except operations.Unavailable:
                 continue
             results.replace("stages", found)
+    results.finish("stages")
     return 0
 
 

@@ -175,7 +175,7 @@ def kernels_of(setting: Setting, precision: str, device: str) -> dict:
 
 def main(arguments: list[str] | None = None) -> int:
     """Measures all of it into a results file."""
-    options, results = open_results(arguments, __doc__)
+    options, results = open_results(arguments, __doc__, "sweeps")
     device, on_gpu = options.device, options.device.startswith("cuda")
     precision = "bfloat16" if on_gpu else "float32"
     tiny = operations.load("iteration").tiny
@@ -192,6 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
             setting = operations.load(name).tiny if options.smoke else SETTING
             rows += sweep(name, setting, precision, device, until, 1 if options.smoke else ROUNDS)
             results.save()
+    results.finish("sweeps")
     for row in rows:
         best = min((c for c in row["changes"] if "seconds" in c), key=lambda c: c["seconds"], default=None)
         if best and best["seconds"] < 0.97 * row["seconds"]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import bench_iteration, machine, measure, memory, operations, plan, preparation
+from benchmarks import accuracy, bench_iteration, machine, measure, memory, operations, plan, preparation
 from benchmarks.gate import assert_gcng_close, assert_same_formula, iteration_arrays
 from benchmarks.iteration import make_batch, make_provider, make_weights, official_name, run_iteration
 from benchmarks.results import Results, setting_of
@@ -241,6 +241,38 @@ def test_a_process_that_is_killed_costs_one_provider(tmp_path, monkeypatch):
     assert calls == [["iteration/N8-D16-L1/float32"]] * 2
     found = json.loads(options.json.read_text())["rows"][0]["providers"]["published"]
     assert found["status"] == "killed" and "exit code -9" in found["reason"]
+
+
+def test_a_part_that_was_cut_off_is_not_done(tmp_path, monkeypatch):
+    path = tmp_path / "r.json"
+    finished = accuracy.entry
+    calls = []
+
+    def interrupted(operation, *arguments):
+        calls.append(operation.name)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return finished(operation, *arguments)
+
+    monkeypatch.setattr(accuracy, "entry", interrupted)
+    options = measure.options_for(None, path, smoke=True)
+    command = ["--results", str(path), "--smoke", "--threads", "1"]
+    with pytest.raises(KeyboardInterrupt):
+        accuracy.main(command)
+    written = Results.open(path)
+    assert [one["operation"] for one in written.data["accuracy"]] == [calls[0]] * 2
+    assert "accuracy: missing" in measure.listing(measure.parts_of(options), written)
+    started = []
+    monkeypatch.setattr(measure.Run, "_module", lambda self, module: started.append(module))
+    measure.Run(options, path).part("accuracy", [])
+    accuracy.main(command)
+    assert "accuracy: done" in measure.listing(measure.parts_of(options), Results.open(path))
+    measure.Run(options, path).part("accuracy", [])
+    assert started == ["benchmarks.accuracy"]
+    calls.clear()
+    with pytest.raises(KeyboardInterrupt):  # measured again, as --force does, it is unfinished until its end
+        accuracy.main(command)
+    assert not Results.open(path).is_finished("accuracy")
 
 
 def test_an_entry_that_fails_is_never_timed_and_fails_once(tmp_path, monkeypatch):
