@@ -99,7 +99,7 @@ def share_data(results: dict) -> dict | None:
 
 def roofline_data(results: dict) -> dict | None:
     """Intensity and rate of every op that has products, under the roof of its setting."""
-    points = []
+    points, roofs = [], {}
     for one in results["stages"]:
         rate = roof(results, one)
         if rate is None or one["provider"] != "gcng":
@@ -107,8 +107,8 @@ def roofline_data(results: dict) -> dict | None:
         for name, stage in one["stages"].items():
             if stage["flops"] and stage["bytes"] and stage["seconds"] > 0:
                 points.append([one["name"], name, stage["flops"] / stage["bytes"], stage["flops"] / stage["seconds"]])
-        products, copies = rate
-    return {"points": points, "products": products, "copies": copies} if points else None
+        roofs[one["name"]] = list(rate)
+    return {"points": points, "roofs": roofs} if points else None
 
 
 # -- drawing ------------------------------------------------------------------------------------------------------
@@ -178,13 +178,15 @@ def draw_share(data: dict, plt: Any) -> Any:
 
 
 def draw_roofline(data: dict, plt: Any) -> Any:
-    """Measured products per second of every op at its intensity, under copy rate and product rate."""
+    """Measured products per second of every op at its intensity, under the copy and product rates of its setting."""
     figure, axis = plt.subplots(figsize=(7.5, 5))
-    ridge = data["products"] / data["copies"]
-    low = min(ridge, *(point[2] for point in data["points"])) / 2
-    high = max(ridge, *(point[2] for point in data["points"])) * 2
-    axis.plot([low, ridge, high], [low * data["copies"], data["products"], data["products"]], color="black")
-    for setting, marker in zip(dict.fromkeys(p[0] for p in data["points"]), "osD^v", strict=False):
+    ridges = {setting: products / copies for setting, (products, copies) in data["roofs"].items()}
+    low = min(*ridges.values(), *(point[2] for point in data["points"])) / 2
+    high = max(*ridges.values(), *(point[2] for point in data["points"])) * 2
+    for (setting, ridge), marker, line in zip(ridges.items(), "osD^v", ("-", "--", ":", "-.", "-"), strict=False):
+        products, copies = data["roofs"][setting]
+        roof_line = [low * copies, products, products]
+        axis.plot([low, ridge, high], roof_line, line, color="black", label=f"roof, {setting}")
         for index, (_, name, x, y) in enumerate(p for p in data["points"] if p[0] == setting):
             axis.plot(x, y, marker, color=plt.get_cmap("tab20")(index % 20), label=f"{name}, {setting}")
     axis.set(xscale="log", yscale="log", xlabel="useful operations per byte", ylabel="useful operations per second")

@@ -20,7 +20,7 @@ from benchmarks import operations
 from benchmarks.bench_iteration import OPERATION
 from benchmarks.iteration import make_batch, make_provider
 from benchmarks.plan import OURS
-from benchmarks.rates import product_rate
+from benchmarks.rates import copy_rate, product_rate
 from benchmarks.results import open_results
 from benchmarks.settings import Setting, executed_generator_units
 
@@ -101,13 +101,17 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(one)
 
 
-def measure(setting: Setting, provider: str, precision: str, device: str, rounds: int = ROUNDS) -> dict:
-    """Stages of one iteration: medians over some rounds, after a warm-up."""
+def measure(
+    setting: Setting, provider: str, precision: str, device: str, rounds: int = ROUNDS, copy_bytes: int | None = None
+) -> dict:
+    """Stages of one iteration and, between its rounds, what the machine can do then: medians, after a warm-up."""
     place = torch.device(device)
     ready = OPERATION.prepare(provider, setting, precision, device)
     ready.run()
-    totals, found = [], []
+    totals, found, products, copies = [], [], [], []
     for _ in range(rounds):
+        products.append(product_rate(setting.embedding_size, precision, device)["flops"])
+        copies.append(copy_rate(device, copy_bytes)["bytes"])
         timer = OpTimer(setting, place)
         start = time.perf_counter()
         with timer:
@@ -125,6 +129,7 @@ def measure(setting: Setting, provider: str, precision: str, device: str, rounds
         "generator": generator,
         "setting": setting.as_dict(), "name": setting.name, "provider": provider, "precision": precision,
         "seconds": total, "stages": stages,
+        "rates": {"gemm_flops": statistics.median(products), "copy_bytes": statistics.median(copies)},
     }  # fmt: skip
 
 
@@ -168,15 +173,15 @@ def main(arguments: list[str] | None = None) -> int:
     """Measures the stages into a results file."""
     options, results = open_results(arguments, __doc__, "stages")
     on_gpu = options.device.startswith("cuda")
-    settings, rounds = (GPU_SETTINGS if on_gpu else SETTINGS), ROUNDS
+    settings, sizes = (GPU_SETTINGS if on_gpu else SETTINGS), {}
     if options.smoke:
-        settings, rounds = (OPERATION.tiny,), 1
+        settings, sizes = (OPERATION.tiny,), {"rounds": 1, "copy_bytes": 2**16}
     found = []
     for setting in settings:
         for provider in OURS:
             try:
                 precision = "bfloat16" if on_gpu else "float32"
-                found.append(measure(setting, provider, precision, options.device, rounds))
+                found.append(measure(setting, provider, precision, options.device, **sizes))
             except operations.Unavailable:
                 continue
             results.replace("stages", found)

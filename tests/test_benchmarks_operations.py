@@ -130,7 +130,7 @@ def test_tf32_is_a_setting_of_the_call_alone():
 
 def test_stages_see_every_op_and_count_the_products_of_an_iteration():
     setting = Setting(1, 16, 16)
-    found = stages.measure(setting, "gcng", "float32", "cpu", rounds=1)
+    found = stages.measure(setting, "gcng", "float32", "cpu", rounds=1, copy_bytes=2**16)
     ops = {name: stage for name, stage in found["stages"].items() if name != stages.REST}
     assert {"messages", "messages_backward", "edges", "edges_backward", "negative_attention"} <= set(ops)
     attention = 2 * 12.0 * setting.samples**2 * 16  # both phases, forward and backward
@@ -138,6 +138,7 @@ def test_stages_see_every_op_and_count_the_products_of_an_iteration():
     counted = sum(stage["flops"] for stage in ops.values()) - attention - entropies
     # (19), the node predictions and (23) are no maps of pairs; the rest is what `useful_flops` counts.
     assert counted == pytest.approx(setting.useful_flops())
+    assert found["rates"]["gemm_flops"] > 0 and found["rates"]["copy_bytes"] > 0
     assert math.isclose(sum(s["seconds"] for s in found["stages"].values()), found["seconds"])
     assert found["generator"]["useful_share"] <= found["generator"]["executed_share"]
 

@@ -149,6 +149,14 @@ def test_the_documentation_shows_every_provider_and_list(results):
     assert "| float32 | 1024 x 512 x 2048 | 200 GFLOP/s |" in text
 
 
+def test_the_roof_of_a_stage_is_made_of_the_rates_beside_it(results):
+    results["stages"][0]["rates"] = {"gemm_flops": 1e11, "copy_bytes": 5e8}
+    text = details.documentation([("example.json", results)])
+    # At 100 operations a byte the copy rate is the roof now: 5e10 operations per second.
+    assert "| edges | 1.5 s | 75 % | 66.7 | 67 % | 0.667 | 133 % | 133 % |" in text
+    assert plots.roofline_data(results)["roofs"] == {"N160-D512-L1": [1e11, 5e8]}
+
+
 def test_exponents_are_those_of_the_law_that_made_the_times(results):
     (over_n,) = scaling.scalings(results)
     assert (over_n.size, over_n.values) == ("N", (80, 160, 320))
