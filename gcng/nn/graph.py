@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -158,9 +159,8 @@ class CorrelationGraph(nn.Module):
 
     def reference_parameters(self) -> dict[str, Tensor]:
         """Parameters by the names of docs/maths.md and tests/golden, e.g. ``edge0.ff1.w``."""
-        return {
-            name: self.get_parameter(path) for name, path in parameter_names(self.num_layers).items()
-        }
+        # Not get_parameter, which refuses the plain tensors that torch.func.functional_call puts in their place.
+        return {name: attrgetter(path)(self) for name, path in parameter_names(self.num_layers).items()}
 
 
 def memory_plan(embeddings: Tensor, num_layers: int, budget: int | None) -> MemoryPlan:

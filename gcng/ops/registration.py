@@ -13,7 +13,30 @@ from typing import Any
 
 import torch
 
-LIBRARY = torch.library.Library("gcng", "FRAGMENT")
+from gcng.ops.validation import refuse_forward_mode
+
+
+class _Library(torch.library.Library):
+    """A library whose autograd kernels refuse forward-mode derivatives.
+
+    Of any argument, so of the parameters of a module too, which no public function sees.
+    """
+
+    def impl(self, name: str, fn: Callable[..., Any], key: str = "", **options: Any) -> Any:
+        if key == "Autograd":
+            fn = _without_forward_mode(name, fn)
+        return super().impl(name, fn, key, **options)
+
+
+def _without_forward_mode(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    def checked(keyset: Any, *arguments: Any) -> Any:
+        refuse_forward_mode(f"gcng::{name}", *arguments)
+        return kernel(keyset, *arguments)
+
+    return checked
+
+
+LIBRARY = _Library("gcng", "FRAGMENT")
 
 
 def define_op(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -45,7 +68,7 @@ def define_op(schema: str, implementation: Callable[..., Any], fake: Callable[..
 
 
 def define_gradient(name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
-    """Attach a hand-written backward to an op; it refuses to be differentiated a second time."""
+    """Attach a hand-written backward to an op; it refuses to be differentiated a second time, or in forward mode."""
 
     def first_order_only(ctx: Any, *grads: Any) -> Any:
         # The engine runs a backward with grad mode on exactly when create_graph=True was asked for.

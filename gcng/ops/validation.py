@@ -5,8 +5,13 @@ A message names the op, the argument, what came, what is wanted, and the remedy.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from gcng.mode import in_reference_mode
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -16,6 +21,7 @@ def check_float_matrix(op: str, name: str, x: Tensor, *, dims: int = 2, shape: s
     """Refuse anything but a dense floating tensor of ``dims`` dimensions."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}")
+    refuse_forward_mode(op, x)
     if x.layout != torch.strided or x.is_quantized or x.is_nested:
         raise TypeError(f"{op}: {name} must be a dense strided tensor, got layout {x.layout}; use {name}.to_dense()")
     if x.dtype not in FLOATING:
@@ -24,6 +30,19 @@ def check_float_matrix(op: str, name: str, x: Tensor, *, dims: int = 2, shape: s
         )
     if x.dim() != dims:
         raise ValueError(f"{op}: {name} must be {shape}, got shape {tuple(x.shape)}")
+
+
+def refuse_forward_mode(op: str, *arguments: Any) -> None:
+    """Refuse tensors, also inside lists, that carry a tangent: no op has a forward-mode formula, and would drop it."""
+    if forward_ad._current_level < 0 or in_reference_mode():
+        return
+    for x in arguments:
+        if isinstance(x, (list, tuple)):
+            refuse_forward_mode(op, *x)
+        elif isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(
+                f"{op}: forward-mode derivatives (jvp) are not supported; use gcng.reference_mode()"
+            )
 
 
 def check_channels(op: str, name: str, x: Tensor) -> None:
