@@ -116,7 +116,7 @@ measure() {
   # The limit is on starting a row; the process itself may use what is left of the whole run.
   local most=$seconds
   run "$1" "$python" -m benchmarks.measure --plan gpu --device "$device" --json "$results" \
-    --parts "$1" --minutes "$minutes" --threads "$(nproc)" "${force[@]}" "${small[@]}"
+    --allow-modified --parts "$1" --minutes "$minutes" --threads "$(nproc)" "${force[@]}" "${small[@]}"
 }
 
 part_build() {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -12,6 +13,9 @@ from pathlib import Path
 
 PEERS = ("triton", "pytorch-metric-learning", "cut-cross-entropy", "liger-kernel", "faiss-cpu")
 ROOT = Path(__file__).resolve().parents[1]
+# What decides a number; what is generated from numbers, or says something about them, does not.
+MEASURED = ("gcng", "csrc", "kernels", "benchmarks", ":!benchmarks/results", ":!benchmarks/notes.toml")
+BUSY = 0.5  # load average above which the machine is not idle
 
 
 def machine(device: str = "cpu") -> dict:
@@ -58,14 +62,21 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def changed_files() -> list[str]:
+    """Files that a number depends on and that differ from the commit, new ones included."""
+    lines = _git("status", "--porcelain", "--untracked-files=all", "--", *MEASURED).splitlines()
+    return [line.split(maxsplit=1)[1] for line in lines]
+
+
+@functools.cache
+def _source() -> dict:
+    """Taken once: what a process has imported does not follow later commits."""
+    return {"commit": _git("rev-parse", "HEAD") or "unknown", "modified": bool(changed_files())}
+
+
 def revision() -> dict:
-    """Commit of the source, whether the measured files differ from it, and the time."""
-    changed = _git("status", "--porcelain", "--", "gcng", "csrc", "kernels", "benchmarks", ":!benchmarks/results")
-    return {
-        "commit": _git("rev-parse", "HEAD") or "unknown",
-        "modified": bool(changed),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+    """Commit of the source as this process first asked, whether the measured files differed from it, and the time."""
+    return {**_source(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
 def load_average() -> float:

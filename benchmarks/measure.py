@@ -26,7 +26,6 @@ from benchmarks.operations import OPERATIONS
 from benchmarks.plan import Entry
 from benchmarks.results import FOLDER, Results
 
-BUSY = 0.5  # load average above which the machine is not idle
 # Modules that measure a key of the results file of their name, and the part that they come after.
 MODULES = {
     "cpu": {"stages": "first", "accuracy": "classes", "overhead": "classes"},
@@ -88,6 +87,7 @@ class Run:
 
     def part(self, name: str, entries: list[Entry]) -> None:
         """Measure what is missing of a part."""
+        check_source(self.options)
         results = Results.open(self.path, self.options.device)
         if name in ALL_MODULES:
             if self.options.force or not results.is_finished(name):
@@ -146,6 +146,14 @@ class Run:
             self.failures.append(f"{' '.join(command[1:])}:\n{(done.stdout + done.stderr)[-4000:]}")
 
 
+def check_source(options: argparse.Namespace) -> None:
+    """ValueError where rows would come from a source that no commit holds: nobody could check them out."""
+    changed = [] if options.smoke or options.allow_modified else machine.changed_files()
+    if changed:
+        shown = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
+        raise ValueError(f"the source differs from its commit in {shown}; commit first, or give --allow-modified")
+
+
 def blame(row: dict, code: int) -> None:
     """Write down the provider that was running when the process was killed."""
     name = row.pop("running")
@@ -170,6 +178,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="measure again what the file already holds")
     parser.add_argument(
         "--list", action="store_true", help="print parts and rows, and whether they are done; measure nothing"
+    )
+    parser.add_argument(
+        "--allow-modified", action="store_true", help="measure a source with uncommitted changes; its rows will say so"
     )
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, one round: does everything run?")
     parser.add_argument("--plan", choices=("cpu", "gpu"), help="whose parts and rows; default: by the device")
@@ -218,8 +229,9 @@ def measure(options: argparse.Namespace, announce: Callable[[object], None] = pr
     if options.list:
         print("\n".join(listing(parts, results)))
         return 0
+    check_source(options)
     load = machine.load_average()
-    if load > BUSY:
+    if load > machine.BUSY:
         say(f"warning: the load average is {load:.1f}; times of a busy machine say little about the providers")
     results.data["protocol"] |= {"threads": options.threads, "device": options.device}
     results.data["versions"] = machine.versions()

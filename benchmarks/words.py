@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from benchmarks.machine import BUSY
+
 NOT_MEASURED = "not measured"
 WORDS = {
     "published": "published formulation",
@@ -60,8 +62,10 @@ def source_line(file: str, results: dict, rows: Iterable[dict] = ()) -> str:
     extensions = {row["extension"] for row in stamped if row.get("extension", "none") != "none"}
     extension = f"; {', '.join(sorted(extensions))}" if extensions else ""
     threads = results["protocol"].get("threads")
+    load = max((row["load_average"] for row in stamped if "load_average" in row), default=0.0)
+    busy = f"; load average up to {load:.1f} before a row, earlier rows included" if load > BUSY else ""
     return (
-        f"{where}; {threads} threads; torch {versions['torch']}, gcng {versions['gcng']}{extension}{when}; "
+        f"{where}; {threads} threads; torch {versions['torch']}, gcng {versions['gcng']}{extension}{when}{busy}; "
         f"`benchmarks/results/{file}`."
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -312,5 +313,29 @@ def test_a_results_file_belongs_to_one_machine(tmp_path):
 
 def test_a_source_without_git_has_an_unknown_revision(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    found = machine.revision()
-    assert found["commit"] == "unknown" and found["modified"] is False
+    assert machine._source.__wrapped__() == {"commit": "unknown", "modified": False}
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_nothing_is_measured_from_a_source_that_no_commit_holds(tmp_path, monkeypatch, capsys):
+    root, path = tmp_path / "source", tmp_path / "r.json"
+    free = ("benchmarks/results/x.json", "benchmarks/notes.toml", "README.md")
+    for name in ("gcng/op.py", "benchmarks/rates.py", *free):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("1\n")
+    identity = ("-c", "user.name=a", "-c", "user.email=a@example.org")
+    for command in (("init", "-q"), ("add", "."), (*identity, "commit", "-qm", "One")):
+        subprocess.run(["git", *command], cwd=root, check=True)
+    monkeypatch.setattr(machine, "ROOT", root)
+    for name in free:
+        (root / name).write_text("2\n")
+    assert machine.changed_files() == []
+    (root / "gcng" / "new.py").write_text("3\n")
+    started = []
+    monkeypatch.setattr(measure.Run, "_module", lambda self, module: started.append(module))
+    command = ["--parts", "rates", "--json", str(path)]
+    assert measure.main(command) == 2
+    assert "differs from its commit in gcng/new.py; commit first" in capsys.readouterr().err
+    assert not path.exists() and not started
+    assert measure.main([*command, "--allow-modified"]) == 0 and started == ["benchmarks.rates"]
+    assert machine._source.__wrapped__()["modified"] is True

@@ -104,6 +104,16 @@ def test_the_readme_shows_times_ratios_and_what_did_not_fit(results):
     assert "| attention | 160, 512 | 2 ms | - | 500 ms | - | scaled_dot_product_attention: 3 ms |" in lines
 
 
+def test_the_source_of_a_table_says_that_the_machine_was_busy(results):
+    (line,) = [x for x in summaries.readme([("example.json", results)]).splitlines() if x.startswith("One iteration")]
+    assert "load average" not in line
+    results["rows"][0] |= {"load_average": 0.4, "modified": True}
+    results["rows"][1]["load_average"] = 1.84
+    (line,) = [x for x in summaries.readme([("example.json", results)]).splitlines() if x.startswith("One iteration")]
+    assert "commit 0123456789, 0123456789 with changes" in line
+    assert "; load average up to 1.8 before a row, earlier rows included; `benchmarks" in line
+
+
 def test_gpu_cells_say_that_nothing_was_measured():
     cells = list(targets.readings(None))
     assert len(cells) == len(targets.TARGETS) == 11

@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise ConfigError(f"--json: the folder {path.parent} does not exist")
         options = measure.options_for(
             arguments.op, path, minutes=arguments.minutes, device=arguments.device, threads=arguments.threads,
-            smoke=arguments.smoke, force=arguments.force,
+            smoke=arguments.smoke, force=arguments.force, allow_modified=True,
         )  # fmt: skip
         note(f"gcng bench: rows go to {path}" if arguments.json else "gcng bench: --json FILE would keep the rows")
         status = measure.measure(options, announce=note)
