@@ -71,3 +71,36 @@ def test_going_back_to_an_earlier_step_needs_a_folder_of_its_own(tmp_path):
     elsewhere = config(tmp_path / "other")
     fit(elsewhere, resume=earlier, stream=io.StringIO(), **parts())
     assert equal(final_state(elsewhere), expected)
+
+
+RATES = (
+    "schedule.epochs=4",
+    "schedule.metric_decay_steps=2",
+    "schedule.metric_gamma=0.1",
+    "optimizer.extractor_lr=0.02",
+    "optimizer.embedding_ratio=3",
+    "optimizer.graph_lr=0.005",
+    "optimizer.classifier_lr=0.004",
+    "optimizer.weight_decay=0.03",
+    "optimizer.classifier_weight_decay=0.05",
+)
+
+
+@pytest.mark.parametrize("policies", [(), ("schedule.extractor_policy=constant", "schedule.graph_policy=constant")])
+def test_allowed_changes_of_rates_hold_from_the_resume_on(tmp_path, policies):
+    """Each later step has the rates of a run that had the new settings from its first step."""
+    begun = config(tmp_path / "begun", "schedule.epochs=2", "optimizer.embedding_ratio=2")
+    fit(begun, stream=io.StringIO(), **parts())
+    expected, seen = {}, {}
+
+    def keep(rates):
+        names = ("lr", "weight_decay", "betas")
+        return lambda trainer, _: rates.update(
+            {trainer.step: [[g[n] for n in names] for _, o in trainer._optimizers() for g in o.param_groups]}
+        )
+
+    fit(config(tmp_path / "fresh", *RATES, *policies), stream=io.StringIO(), on_step=keep(expected), **parts())
+    changed = config(tmp_path / "begun", *RATES, *policies, "checkpoint.allow_config_change=true")
+    fit(changed, resume=True, stream=io.StringIO(), on_step=keep(seen), **parts())
+    assert sorted(seen) == list(range(2 * LENGTH + 1, 4 * LENGTH + 1))
+    assert seen == {step: expected[step] for step in seen}

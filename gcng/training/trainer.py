@@ -28,7 +28,7 @@ from gcng.training.progress import Progress
 from gcng.training.random_state import capture_random_state, restore_random_state
 from gcng.training.records import RunReport
 from gcng.training.signals import StopOnSignal, children_spared
-from gcng.training.step import StepTerms, train_step
+from gcng.training.step import Optimizers, StepTerms, train_step
 
 _DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -157,12 +157,15 @@ class Trainer:
             self.criterion.load_state_dict(state["criterion"])
             for name, optimizer in self._optimizers():
                 optimizer.load_state_dict(state["optimizers"][name])
-            for name, scheduler in self.schedulers.items():
-                scheduler.load_state_dict(state["schedulers"][name])
             if self.scaler.is_enabled():
                 self.scaler.load_state_dict(state["scaler"])
             self.loader.load_state_dict(state["loader"])
             self.progress.load_state_dict(state["progress"])
+            if changed:
+                self._rebuild_rates()
+            else:
+                for name, scheduler in self.schedulers.items():
+                    scheduler.load_state_dict(state["schedulers"][name])
         except (RuntimeError, ValueError, KeyError) as error:
             message = " ".join(str(error).split())
             raise CheckpointError(f"the checkpoint does not fit this run: {message}") from error
@@ -170,8 +173,25 @@ class Trainer:
         restore_random_state(state["random"])
 
     def _optimizers(self) -> list[tuple[str, torch.optim.Optimizer]]:
-        used = self.optimizers
-        return [("extractor", used.extractor), ("graph", used.graph), ("classifier", used.classifier)]
+        return _named(self.optimizers)
+
+    def _rebuild_rates(self) -> None:
+        """Rates, decays and schedules as the configuration has them now, at the epoch that was reached."""
+        wanted = build_optimizers(self.config, self.extractor, self.criterion)
+        for (_, optimizer), (_, fresh) in zip(self._optimizers(), _named(wanted), strict=True):
+            for group, options in zip(optimizer.param_groups, fresh.param_groups, strict=True):
+                group.pop("initial_lr", None)  # or the new schedules would start from the saved one
+                group.update({name: value for name, value in options.items() if name != "params"})
+        self.schedulers = build_schedulers(self.config, self.optimizers)
+        for _ in range(self.epoch):
+            self._step_schedules()
+
+    def _step_schedules(self) -> None:
+        with warnings.catch_warnings():
+            # Right after a resume, or where all steps were skipped, no optimizer has stepped in this process.
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            for scheduler in self.schedulers.values():
+                scheduler.step()
 
     def save(self, *, is_best: bool = False) -> Path:
         """Write a checkpoint of this moment into the run's folder. OSError where the disk refuses."""
@@ -303,11 +323,7 @@ class Trainer:
         if every and self.data.test is not None and (number % every == 0 or number == epochs):
             metrics = self._evaluate(report, stop)
         self.criterion.schedule.end_epoch()
-        with warnings.catch_warnings():
-            # Right after a resume, or where all steps were skipped, no optimizer has stepped in this process.
-            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-            for scheduler in self.schedulers.values():
-                scheduler.step()
+        self._step_schedules()
         is_best = metrics is not None and self.progress.evaluated(metrics, self.config.checkpoint.best_metric)
         report.event("epoch", self.step, epoch=self.epoch, **self.progress.end_epoch())
         if stop.requested:
@@ -348,3 +364,7 @@ class Trainer:
             raise CheckpointError(
                 f"the last checkpoint could not be written: {error}; earlier ones are whole"
             ) from error
+
+
+def _named(used: Optimizers) -> list[tuple[str, torch.optim.Optimizer]]:
+    return [("extractor", used.extractor), ("graph", used.graph), ("classifier", used.classifier)]
