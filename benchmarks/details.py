@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from benchmarks.results import setting_of
 from benchmarks.scaling import Fit, scalings
+from benchmarks.summaries import gpu_targets, ops
 from benchmarks.words import bytes_words, missing_words, provider_words, seconds_words, source_line, table
 
 
@@ -15,7 +16,9 @@ def documentation(files: list[tuple[str, dict]]) -> str:
 def one_file(name: str, results: dict) -> str:
     """All tables of one file that have rows."""
     made = {
+        "Targets": gpu_targets(name, results) if "gpu" in results["machine"] else "",
         "Rates of this machine": rates(results),
+        "Every op beside its peers": ops(name, results),
         "Every row": every_row(results),
         "Exponents": exponents(results),
         "Time of an iteration by op": stages(results),

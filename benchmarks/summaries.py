@@ -1,4 +1,4 @@
-"""The README's tables: the iteration by N on a CPU, the ops beside their peers, the GPU targets."""
+"""The README's two tables and two figures: the iteration by N on a CPU, the GPU targets. Also the ops beside peers."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ FIGURES = {"wall": "Time and peak memory of one iteration over N", "share": "Whe
 
 
 def readme(files: list[tuple[str, dict]]) -> str:
-    """Everything between the README's markers."""
+    """Everything between the README's markers: of each kind of machine the file with most rows; all are in the docs."""
     parts = []
-    for name, results in files:
-        if "gpu" not in results["machine"]:
-            parts += [iterations(name, results), figures(name), ops(name, results)]
-    gpus = [(name, results) for name, results in files if "gpu" in results["machine"]]
+    for name, results in _richest([one for one in files if "gpu" not in one[1]["machine"]]):
+        parts += [iterations(name, results), figures(name)]
+    gpus = _richest([one for one in files if "gpu" in one[1]["machine"]])
     parts += [gpu_targets(*found) for found in gpus] or [gpu_targets(None, None)]
     return "\n\n".join(part for part in parts if part)
+
+
+def _richest(files: list[tuple[str, dict]]) -> list[tuple[str, dict]]:
+    """The file with most rows, or none."""
+    return [max(files, key=lambda one: len(one[1]["rows"]))] if files else []
 
 
 def iterations(name: str, results: dict) -> str:

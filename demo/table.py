@@ -124,7 +124,7 @@ def blocks() -> dict[str, tuple[str, str]]:
     """Document -> name of its markers and the text between them."""
     trials = [json.loads(line) for line in TRIALS.read_text().splitlines()]
     return {
-        "README.md": ("demo", render(json.loads(RESULTS.read_text()))),
+        "README.md": ("demo", f"{render(json.loads(RESULTS.read_text()))} `demo/results.json`."),
         "docs/demo.md": ("tuning", render_trials(trials)),
     }
 

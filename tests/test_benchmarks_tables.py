@@ -99,9 +99,20 @@ def test_the_readme_shows_times_ratios_and_what_did_not_fit(results):
         "| out of memory (31.0 GB predicted) | 192 ms / 1.6 GB | 8 s / 640 MB | - | 0.0x | 2.1 % |" in x for x in lines
     )
     assert "Example (R) 9 Processor, 2 cores, 24 GiB; 2 threads; torch 2, gcng 0; commit 0123456789" in text
-    assert text.count("`benchmarks/results/example.json`") == 2 and text.count("\n| ---:") == 3
-    # FlexAttention has no backward on a CPU: no peer of forward and backward.
-    assert "| attention | 160, 512 | 2 ms | - | 500 ms | - | scaled_dot_product_attention: 3 ms |" in lines
+    assert text.count("`benchmarks/results/example.json`") == 1 and text.count("\n| ---:") == 2
+
+
+def test_the_readme_has_two_tables_and_two_figures_however_many_machines_there_are(results):
+    other, gpus = copy.deepcopy(results), [copy.deepcopy(results) for _ in range(2)]
+    other["rows"] = other["rows"][:1]
+    for number, gpu in enumerate(gpus):
+        gpu["machine"] |= {"gpu": f"Example {number}", "gpu_memory_bytes": 2**37}
+    files = [("a.json", other), ("example.json", results), ("gpu-0.json", gpus[0]), ("gpu-1.json", gpus[1])]
+    text = summaries.readme(files)
+    assert text.count("\n| ---:") == 2 and text.count("![") <= 2
+    assert "`benchmarks/results/example.json`" in text and "a.json" not in text and "gpu-1.json" not in text
+    documented = details.documentation(files)
+    assert all(f"### {name}" in documented for name, _ in files) and documented.count("#### Targets") == 2
 
 
 def test_the_source_of_a_table_says_that_the_machine_was_busy(results):
@@ -152,6 +163,8 @@ def test_the_documentation_shows_every_provider_and_list(results):
         in text
     )
     assert "| attention N160-D512-L1 float32 | gcng | 2 ms | 2 ms | 2 ms to 4 ms | 3 |" in text
+    # FlexAttention has no backward on a CPU: no peer of forward and backward.
+    assert "| attention | 160, 512 | 2 ms | - | 500 ms | - | scaled_dot_product_attention: 3 ms |" in text
     # 1e11 operations in 1.5 s under a product rate of 2e11; at 100 operations a byte that rate is the roof.
     assert "| edges | 1.5 s | 75 % | 66.7 | 33 % | 0.667 | 7 % | 33 % |" in text
     assert "| attention | N80 | float32 | gcng | grad q | 5.0e-07 | 5.0e-07 | 5.0e-07 (grad q) |" in text

@@ -56,3 +56,20 @@ def test_the_extras_of_the_readme_exist():
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     section = project.split("[project.optional-dependencies]")[1].split("\n[")[0]
     assert {*named, "train"} == set(re.findall(r"^([a-z]+) = \[", section, re.MULTILINE))
+
+
+def test_every_table_and_figure_of_the_readme_is_generated_and_names_its_file():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    generated = dict(re.findall(r"<!-- (\w+):begin -->\n(.*?)\n<!-- \1:end -->", text, re.DOTALL))
+    assert set(generated) == {"demo", "benchmark"}
+    separator, picture = re.compile(r"^\|[-:| ]+\|$", re.MULTILINE), re.compile(r"^!\[", re.MULTILINE)
+    for pattern, most in ((separator, 3), (picture, 2)):
+        found = len(pattern.findall(text))
+        assert found <= most and found == sum(len(pattern.findall(block)) for block in generated.values())
+    assert "`demo/results.json`" in generated["demo"]
+    parts = generated["benchmark"].split("\n\n")
+    for before, part in zip(parts, parts[1:], strict=False):
+        if separator.search(part) and "not measured" not in part:
+            assert re.search(r"`benchmarks/results/[\w-]+\.json`", before), part.splitlines()[0]
+    for line in (part for part in parts if part.startswith("![")):
+        assert re.search(r"`benchmarks/results/[\w-]+\.json`", line), line
