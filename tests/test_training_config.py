@@ -170,3 +170,10 @@ def test_public_names_exist_and_others_do_not():
     assert set(gcng.training.__all__) <= set(dir(gcng.training))
     with pytest.raises(AttributeError, match="no attribute 'absent'"):
         getattr(gcng.training, "absent")  # noqa: B009
+
+
+@pytest.mark.parametrize("budget", ["2 potatoes", "-1", "0", "inf"])
+def test_memory_budget_is_checked_before_anything_is_started(budget):
+    with pytest.raises(ConfigError, match=f"loss.memory_budget: memory_budget is '{budget}'"):
+        load_config(overrides=[f"loss.memory_budget={budget}"])
+    assert load_config(overrides=["loss.memory_budget=2GiB"]).loss.memory_budget == "2GiB"

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from gcng.memory import parse_bytes
 from gcng.training.config import FREE_ON_RESUME, Config
 from gcng.training.errors import ConfigError
 
@@ -230,6 +231,11 @@ def _check_together(config: Config) -> None:
         raise ConfigError(
             f"loss.num_heads must divide model.embedding_size, got {loss.num_heads} and {model.embedding_size}"
         )
+    if loss.memory_budget:
+        try:
+            parse_bytes(loss.memory_budget)
+        except ValueError as error:
+            raise ConfigError(f"loss.memory_budget: {error}") from None
     low_high = data.crop_scale
     if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1] <= 1:
         raise ConfigError(f"data.crop_scale must be [low, high] with 0 < low <= high <= 1, got {list(low_high)}")
