@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -276,6 +277,12 @@ def test_gcng_bench_prints_tables_and_compares(results, tmp_path, capsys, monkey
     assert "op is 'nothing'" in capsys.readouterr().err
     assert main(["bench", "--compare", str(tmp_path / "none.json")]) == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+def test_gcng_bench_says_how_to_install_what_it_lacks(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "benchmarks.measure", None)  # stands for a module that imports what is missing
+    assert main(["bench"]) == 2
+    assert f"benchmarks.measure is missing; pip install -e '.[bench]' in {ROOT}" in capsys.readouterr().err
 
 
 def test_gcng_bench_says_where_the_benchmarks_are(monkeypatch, tmp_path, capsys):

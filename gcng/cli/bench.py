@@ -57,4 +57,4 @@ def _module(name: str) -> ModuleType:
     try:
         return importlib.import_module(f"benchmarks.{name}")
     except ModuleNotFoundError as error:
-        raise ConfigError(f"{error.name} is missing; pip install 'gcng[bench]'") from error
+        raise ConfigError(f"{error.name} is missing; pip install -e '.[bench]' in {root}") from error
