@@ -300,10 +300,23 @@ def test_evaluation_keeps_the_best_checkpoint(tmp_path):
     best = values.index(max(values)) + 1
     assert result.best_checkpoint.endswith(f"step-{best * LENGTH:09d}.pt")
     assert load_checkpoint(result.best_checkpoint)["progress"]["epoch"] == best
-    with pytest.raises(ConfigError, match="checkpoint.best_metric is 'accuracy'; the evaluation gives"):
-        fit(
-            config(tmp_path / "b", "evaluation.every=1", "checkpoint.best_metric=accuracy"),
-            stream=io.StringIO(),
+    # What is best may be decided anew on a resume.
+    other = config(tmp_path / "run", "evaluation.every=1", "evaluation.k=1,2", "checkpoint.best_metric=r_precision")
+    assert fit(other, resume=True, stream=io.StringIO(), **parts()).best == result.best
+
+
+def test_a_best_metric_that_no_evaluation_gives_is_refused_before_the_first_step(tmp_path):
+    wrong = ("checkpoint.best_metric=recall_at_5", "evaluation.k=1,10")
+    with pytest.raises(
+        ConfigError, match=r"best_metric must be one of recall_at_1, recall_at_10, .* got 'recall_at_5'"
+    ):
+        Trainer(config(tmp_path / "a", "evaluation.every=1", *wrong), **parts())
+    Trainer(config(tmp_path / "b", "evaluation.every=0", *wrong), **parts())
+    settings = config(tmp_path / "c", "evaluation.every=1", "evaluation.k=1,10", "schedule.epochs=1")
+    result = fit(settings, stream=io.StringIO(), **parts())
+    for name in set(result.best) - {"num_queries", "num_lone_queries"}:
+        Trainer(
+            config(tmp_path / "d", "evaluation.every=1", "evaluation.k=1,10", f"checkpoint.best_metric={name}"),
             **parts(),
         )
 

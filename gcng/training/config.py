@@ -185,6 +185,7 @@ FREE_ON_RESUME = frozenset(
         "evaluation.batch_size",
         "checkpoint.every_steps",
         "checkpoint.keep",
+        "checkpoint.best_metric",
         "checkpoint.allow_config_change",
         "logging.every",
         "logging.progress",

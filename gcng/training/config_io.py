@@ -246,6 +246,17 @@ def _check_together(config: Config) -> None:
         raise ConfigError(f"run.device must be auto, cpu, cuda or cuda:INDEX, got {config.run.device!r}")
 
 
+def check_best_metric(config: Config) -> None:
+    """Refuse a ``checkpoint.best_metric`` that no evaluation of this configuration gives."""
+    known = [f"recall_at_{k}" for k in config.evaluation.k]
+    known += ["r_precision", "mean_average_precision_at_r", "precision_at_1"]
+    if config.checkpoint.best_metric not in known:
+        raise ConfigError(
+            f"checkpoint.best_metric must be one of {', '.join(known)} (recall_at_K for every K of evaluation.k), "
+            f"got {config.checkpoint.best_metric!r}"
+        )
+
+
 def as_nested(config: Config) -> dict[str, dict[str, Any]]:
     """The configuration as nested plain dictionaries (tuples become lists), ready for JSON."""
     nested = dataclasses.asdict(config)

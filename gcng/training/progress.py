@@ -52,7 +52,7 @@ class Progress:
 
     def evaluated(self, metrics: dict[str, float], name: str) -> bool:
         """Keep the metrics of an evaluation; returns whether ``name`` is the best so far."""
-        is_best = self.best is None or metrics[name] > self.best[name]
+        is_best = self.best is None or name not in self.best or metrics[name] > self.best[name]
         self.last, self.best = metrics, metrics if is_best else self.best
         return is_best
 

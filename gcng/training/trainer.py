@@ -19,7 +19,7 @@ from torch import nn
 from gcng.models import check_extractor
 from gcng.training.checkpoint import CheckpointFolder, Loaded, load_checkpoint
 from gcng.training.config import Config
-from gcng.training.config_io import as_nested, changed_keys, config_hash
+from gcng.training.config_io import as_nested, changed_keys, check_best_metric, config_hash
 from gcng.training.datasets import RunData, build_data, make_criterion, make_extractor, make_loader
 from gcng.training.embedding import evaluate
 from gcng.training.errors import CheckpointError, ConfigError, DivergedError, Interrupted
@@ -80,6 +80,8 @@ class Trainer:
         on_step: Callable[[Trainer, StepTerms], None] | None = None,
     ) -> None:
         self.config = config
+        if config.evaluation.every and (data is None or data.test is not None):
+            check_best_metric(config)
         self.device = choose_device(config.run.device)
         torch.manual_seed(config.run.seed)
         self.data = build_data(config.data) if data is None else data
@@ -341,9 +343,6 @@ class Trainer:
         except Interrupted:  # save out here: in there the random state is the evaluation's own
             self._stop(report)
         report.event("evaluation", self.step, epoch=self.epoch, **metrics)
-        name = self.config.checkpoint.best_metric
-        if name not in metrics:
-            raise ConfigError(f"checkpoint.best_metric is {name!r}; the evaluation gives {', '.join(metrics)}")
         return metrics
 
     def _stop(self, report: RunReport, *, is_best: bool = False) -> NoReturn:
