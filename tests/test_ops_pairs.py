@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
@@ -9,6 +11,8 @@ from gcng import reference
 from gcng.ops.edges import edges
 from gcng.ops.gates import edge_moments
 from gcng.ops.messages import messages
+from gcng.ops.pair_field import PairField, with_smaller_tiles
+from gcng.ops.synthesis_tiles import sums_between
 from gcng.ops.tiles import plan_tiles
 from tests.edge_chains import gradients, make_edge_case, worst_error
 
@@ -169,3 +173,29 @@ def test_large_tile_plans_are_cheap_and_bounded() -> None:
     assert max(t.shape[0] * t.shape[1] for t in tiles) <= 2048 + 11 * 11, "the square of the rows comes on top at most"
     pairs = sum(t.shape[0] * t.shape[1] for t in tiles)
     assert pairs <= 1.05 * 4096 * 4097 / 2, "the squares on the diagonal cost little"
+
+
+def test_a_retry_with_a_smaller_tile_finds_the_memory_of_the_first_try_free() -> None:
+    field = PairField(torch.ones(4, 3), False, 4, ())
+    scratch = weakref.ref(field.workspace.take("messages", 10, 10).untyped_storage())
+    held: list[weakref.ref] = []
+
+    def run(pairs: int) -> int:
+        if held:
+            assert held[0]() is None and scratch() is None, "tensors of the first try are still alive"
+            return pairs
+        large = torch.ones(1000)
+        held.append(weakref.ref(large))
+        raise torch.OutOfMemoryError
+
+    assert with_smaller_tiles(run, 64, field) == 32
+    held.clear()
+    with pytest.raises(torch.OutOfMemoryError):
+        with_smaller_tiles(run, 1, field)
+
+
+def test_ragged_sums_in_order_equal_those_by_index() -> None:
+    values = torch.randn(3, 9, 5, dtype=torch.float64)
+    index = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2, 3])
+    expected = values.new_zeros(3, 4, 5).index_add_(1, index, values)
+    assert torch.allclose(sums_between(values, [0, 3, 4, 8, 9]), expected, atol=1e-14)

@@ -34,7 +34,7 @@ def _edges(arguments: FieldArguments, pairs_per_tile: int, stash: bool) -> tuple
                 field.kernels.store(out, n, tile, field.edges(tile))
         return out, hidden, before
 
-    return with_smaller_tiles(run, pairs_per_tile)
+    return with_smaller_tiles(run, pairs_per_tile, field)
 
 
 @grouped(FieldArguments)
@@ -71,7 +71,7 @@ def _edges_backward(
             grads.add(tile, grad, states, packed=True)
         return arguments.gradients(grads)
 
-    return with_smaller_tiles(run, pairs_per_tile)
+    return with_smaller_tiles(run, pairs_per_tile, field)
 
 
 @grouped(FieldArguments, after=3)

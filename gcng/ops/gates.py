@@ -136,7 +136,7 @@ class GateGradients:
 @grouped(FieldArguments)
 def _edge_moments(arguments: FieldArguments, pairs_per_tile: int) -> tuple[Tensor, Tensor]:
     field = arguments.open()
-    return with_smaller_tiles(lambda pairs: moments(field, pairs), pairs_per_tile)
+    return with_smaller_tiles(lambda pairs: moments(field, pairs), pairs_per_tile, field)
 
 
 @grouped(FieldArguments)
@@ -173,7 +173,7 @@ def _edge_moments_backward(
             grads.add(tile, grad, states)
         return arguments.gradients(grads)
 
-    return with_smaller_tiles(run, pairs_per_tile)
+    return with_smaller_tiles(run, pairs_per_tile, field)
 
 
 @grouped(FieldArguments, after=3)

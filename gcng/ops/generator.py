@@ -121,7 +121,7 @@ def _generator_synthesis(
         losses = (entropy / pair_total, distance / pair_total, 0.01 * (1 - deviation))
         return *(x.to(field.dtype) for x in losses), mean, var, lse, row_means, deviation, gates.kept
 
-    return with_smaller_tiles(run, pairs_per_tile)
+    return with_smaller_tiles(run, pairs_per_tile, field)
 
 
 @grouped(BatchArguments, FieldArguments)
@@ -240,7 +240,7 @@ def _generator_synthesis_backward(
             out += _classifier_gradients(gradient, classes)
         return out + edges.gradients(field_grads)
 
-    return with_smaller_tiles(run, pairs_per_tile)
+    return with_smaller_tiles(run, pairs_per_tile, field)
 
 
 def _classifier_gradients(gradient: _GateGradient, classes: ClassArguments) -> list[Tensor]:

@@ -50,7 +50,7 @@ def _messages(
             field.kernels.messages(before, n, tile, out, stash=kept_here)
         return out.to(arguments.base.dtype), kept
 
-    return with_smaller_tiles(run, pairs_per_tile)
+    return with_smaller_tiles(run, pairs_per_tile, field)
 
 
 @grouped(FieldArguments)
@@ -92,7 +92,7 @@ def _messages_backward(
                 grads.add(tile, product(grad_before, operands[0], room), states)
         return [grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), *arguments.gradients(grads)]
 
-    return with_smaller_tiles(run, pairs_per_tile)
+    return with_smaller_tiles(run, pairs_per_tile, field)
 
 
 @grouped(FieldArguments, after=2)

@@ -152,7 +152,7 @@ def _n_pair_synthesis(
         squares = norms / count + (softmax.squares + positives) / pair_total
         return (own + 0.25 * l2_reg * squares).to(field.dtype), mean, var, lse, gates.kept
 
-    return with_smaller_tiles(run, pairs_per_tile)
+    return with_smaller_tiles(run, pairs_per_tile, field)
 
 
 @grouped(BatchArguments, FieldArguments, HeadArguments)
@@ -203,7 +203,7 @@ def _n_pair_synthesis_backward(
         _add_positive_column(grads, lse, upstream / count, decay / count, decay / pair_total)
         return grads.finish().to(batch.z.dtype)
 
-    return with_smaller_tiles(run, pairs_per_tile)
+    return with_smaller_tiles(run, pairs_per_tile, field)
 
 
 def _add_positive_column(

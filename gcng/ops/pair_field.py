@@ -78,6 +78,10 @@ class Workspace:
             buffer = self._buffers[name] = self._like.new_empty(rows * width, dtype=dtype)
         return buffer[: rows * width].view(rows, width)
 
+    def clear(self) -> None:
+        """Give everything back."""
+        self._buffers.clear()
+
 
 class PairField:
     """Edges of a batch in class-major order, computed tile by tile.
@@ -287,18 +291,18 @@ def backward_layer(
     )
 
 
-def with_smaller_tiles(run: Callable[[int], T], pairs_per_tile: int) -> T:
-    """Run with a tile size; an allocation failure is answered once with half of it."""
+def with_smaller_tiles(run: Callable[[int], T], pairs_per_tile: int, field: PairField) -> T:
+    """Run with a tile size; an allocation failure is answered once with half of it, and with ``field`` emptied."""
     try:
         return run(pairs_per_tile)
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        failure: BaseException = error
+    except (MemoryError, torch.OutOfMemoryError):
+        if pairs_per_tile <= 1:
+            raise
     except RuntimeError as error:
         # The CPU allocator of torch has no exception type of its own, and that of the C++ kernels arrives as a text.
         signs = ("can't allocate memory", "not enough memory", "bad_alloc")
-        if not any(sign in str(error) for sign in signs):
+        if pairs_per_tile <= 1 or not any(sign in str(error) for sign in signs):
             raise
-        failure = error
-    if pairs_per_tile <= 1:
-        raise failure
+    # Behind the handlers: the exception is gone, and with it the frames that held the tensors of the first attempt.
+    field.workspace.clear()
     return run(pairs_per_tile // 2)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -176,6 +177,11 @@ class Side:
         return part.transpose(0, 1) if self.mirrored else part
 
     @property
+    def boundaries(self) -> list[int]:
+        """Starts of the classes, and the end of the last one."""
+        return self.synthesis.boundaries[self.classes.start : self.classes.stop + 1]
+
+    @property
     def local_class(self) -> Tensor:
         """(B,) place of each negative's class among the classes."""
         return self.synthesis.class_index[self.negatives] - self.classes.start
@@ -312,8 +318,15 @@ def _class_sums(side: Side, values: Tensor) -> Tensor:
     """Sum (A, B, D) over the samples of each class, (A, m, D)."""
     if side.uniform is not None:
         return values.unflatten(1, (-1, side.uniform)).sum(2)
+    if values.is_cuda:  # where an index_add_ adds in any order
+        return sums_between(values, [start - side.negatives.start for start in side.boundaries])
     out = values.new_zeros((*side.shape, values.shape[2]))
     return out.index_add_(1, side.local_class, values)
+
+
+def sums_between(values: Tensor, starts: Sequence[int]) -> Tensor:
+    """Sum (A, B, D) over the runs of its second dimension that start at ``starts``, whose last entry is B."""
+    return torch.stack([values[:, a:b].sum(1) for a, b in itertools.pairwise(starts)], 1)
 
 
 def _expand_classes(side: Side, values: Tensor) -> Tensor:

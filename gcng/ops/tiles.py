@@ -158,8 +158,8 @@ def pair_weights(n: int, like: Tensor) -> Tensor:
     """How often each packed pair occurs among the ordered pairs, (P, 1): 1 on the diagonal, else 2."""
     weights = like.new_full((pair_count(n), 1), 2.0, dtype=compute_dtype(like.dtype))
     row = torch.arange(n, device=like.device)
-    weights[row * n - row * (row - 1) // 2] = 1.0
-    return weights
+    # A number that is assigned to an index tensor would be copied to a GPU first, and waited for.
+    return weights.index_fill_(0, row * n - row * (row - 1) // 2, 1.0)
 
 
 def split_mirror(values: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
