@@ -252,6 +252,11 @@ def test_layout_of_the_sampler() -> None:
     assert torch.equal(a.total, b.total)
     with pytest.raises(ValueError, match="layout describes 4 samples but labels has 9"):
         criterion.metric_terms(z, y, mix=mix, layout=gcng.BatchLayout([0, 0, 1, 1]))
+    earlier = gcng.BatchLayout([5, 1, 5, 2, 2, 5, 6, 6, 5])
+    for terms in (criterion.metric_terms, criterion.generator_terms):
+        with pytest.raises(ValueError, match="layout belongs to other labels: at 6 it has 6, and labels 1; make it"):
+            terms(z, y, mix=mix, layout=earlier)
+    assert torch.equal(criterion.metric_terms(z, y.int(), mix=mix, layout=layout).n_pair, a.n_pair)
 
 
 def test_parameter_groups() -> None:

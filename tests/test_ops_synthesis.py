@@ -103,6 +103,9 @@ BAD = {
     "mix": (dict(mix=torch.rand(1, 1)), ValueError, r"mix has shape \(1, 1\); expected \(K, K - 1\) = \(2, 1\)"),
     "labels": (dict(labels=torch.zeros(3).long()), ValueError, r"labels has shape \(3,\); expected \(4,\)"),
     "no channels": (dict(embeddings=torch.rand(4, 0)), ValueError, "embeddings has no channels"),
+    "layout of another batch": (
+        dict(layout=gcng.BatchLayout([0, 1, 1, 1])), ValueError, "layout belongs to other labels: at 2 it has 1, and",
+    ),
     "layout": (dict(layout="2 x 2"), TypeError, "layout must be a gcng.BatchLayout, got str"),
 }
 

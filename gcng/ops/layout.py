@@ -114,4 +114,12 @@ def host_labels(op: str, labels: Tensor, layout: BatchLayout | None) -> Tensor:
         raise TypeError(f"{op}: layout must be a gcng.BatchLayout, got {type(layout).__name__}")
     if layout.num_samples != labels.shape[0]:
         raise ValueError(f"{op}: layout describes {layout.num_samples} samples but labels has {labels.shape[0]}")
+    # Of labels on a device the layout is trusted: to look at them is the wait that it is there to spare.
+    known = labels.device.type == "cpu" and not torch.compiler.is_compiling()
+    if known and not torch.equal(labels.long(), layout.labels):
+        index = int((labels.long() != layout.labels).nonzero()[0, 0])
+        raise ValueError(
+            f"{op}: layout belongs to other labels: at {index} it has {int(layout.labels[index])}, and labels "
+            f"{int(labels[index])}; make it from this batch with gcng.BatchLayout(labels)"
+        )
     return layout.labels
