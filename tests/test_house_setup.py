@@ -79,3 +79,12 @@ def test_the_ci_sets_up_the_environments_that_its_variables_name(tmp_path):
     done = subprocess.run([ROOT / ".ci" / "run"], env={**settings, "CXX": "no-such-compiler -x"}, capture_output=True)
     assert done.returncode == 1 and b"no C++ compiler (no-such-compiler)" in done.stderr
     assert log.read_text().count("\n") == 1
+
+
+def test_every_package_that_training_asks_for_is_in_its_extra():
+    """`require(...)` in gcng/data and gcng/training names a package to install: `pip install '.[train]'` brings it."""
+    files = [path for folder in ("data", "training") for path in (ROOT / "gcng" / folder).rglob("*.py")]
+    asked = {name for path in files for name in re.findall(r'install="([\w-]+)"', path.read_text(encoding="utf-8"))}
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert {"matplotlib", "scipy"} <= asked
+    assert asked <= {re.match(r"[a-z0-9-]+", line)[0] for line in extras["train"]}
