@@ -103,6 +103,13 @@ BAD = {
     "mix": (dict(mix=torch.rand(1, 1)), ValueError, r"mix has shape \(1, 1\); expected \(K, K - 1\) = \(2, 1\)"),
     "labels": (dict(labels=torch.zeros(3).long()), ValueError, r"labels has shape \(3,\); expected \(4,\)"),
     "no channels": (dict(embeddings=torch.rand(4, 0)), ValueError, "embeddings has no channels"),
+    "kappa NaN": (dict(kappa=float("nan")), ValueError, r"kappa is nan; expected a hardness in \[0, 1\]"),
+    "kappa negative": (dict(kappa=-0.1), ValueError, r"kappa is -0.1; expected a hardness in \[0, 1\]"),
+    "kappa above 1": (dict(kappa=torch.tensor(3.0)), ValueError, r"kappa is 3.0; expected a hardness in \[0, 1\]"),
+    "kappa shape": (dict(kappa=torch.rand(2)), ValueError, r"kappa has shape \(2,\) .*; expected one number"),
+    "kappa text": (dict(kappa="hard"), TypeError, "kappa must be a number or a tensor of one number, got str"),
+    "no mix": (dict(mix=None), TypeError, r"mix must be a \(K, K - 1\) torch.Tensor, got NoneType; draw it with"),
+    "integer mix": (dict(mix=torch.ones(2, 1).long()), TypeError, "mix has dtype torch.int64; use a floating dtype"),
     "layout of another batch": (
         dict(layout=gcng.BatchLayout([0, 1, 1, 1])), ValueError, "layout belongs to other labels: at 2 it has 1, and",
     ),
@@ -120,7 +127,17 @@ def test_bad_inputs(name: str, reference: bool) -> None:
         if reference:
             with gcng.reference_mode():
                 F.synthesize_negatives(**arguments)
-        F.synthesize_negatives(**arguments)
+        else:
+            F.synthesize_negatives(**arguments)
+
+
+def test_kappa_may_be_a_tensor_of_any_one_number_shape() -> None:
+    z, y, gate, mix = make([0, 1, 0, 1])
+    expected = F.synthesize_negatives(z, y, gate, kappa=0.25, mix=mix)
+    for kappa in (torch.tensor(0.25), torch.tensor([[0.25]]).double(), torch.nn.Parameter(torch.full((1,), 0.25))):
+        assert torch.equal(F.synthesize_negatives(z, y, gate, kappa=kappa, mix=mix), expected)
+    for kappa in (0, 1, 1.0):
+        assert F.synthesize_negatives(z, y, gate, kappa=kappa, mix=mix).isfinite().all()
 
 
 def test_empty_batch() -> None:

@@ -18,8 +18,10 @@ from gcng.ops.synthesis_tiles import EmbeddingGradients, Side, Synthesis, Synthe
 from gcng.ops.validation import (
     check_channels,
     check_float_matrix,
+    check_kappa,
     check_labels,
     check_mix,
+    check_mix_tensor,
     check_same_device,
     check_same_dtype,
 )
@@ -178,7 +180,8 @@ def synthesize_negatives(
     Args:
         embeddings: (N, D) floating. labels: (N,) integers in any order, on the same device or on the CPU.
         gate: (N, N, D) weights in [0, 1], anchor first, same dtype as the embeddings.
-        kappa: hardness of (16): 0 keeps a negative at the positive's distance, 1 leaves it to the gate.
+        kappa: hardness of (16), one number in [0, 1]: 0 keeps a negative at the positive's distance, 1 leaves it to
+            the gate.
         mix: (K, K - 1) numbers in [0, 1] of (18), K the largest number of samples of a class in the batch.
         layout: the batch's classes, known on the host: spares waiting for labels on a GPU.
 
@@ -202,8 +205,10 @@ def synthesize_negatives(
         raise ValueError(f"{op}: gate has shape {tuple(gate.shape)}; expected (N, N, D) = ({n}, {n}, {width})")
     check_same_dtype(op, embeddings=embeddings, gate=gate)
     check_same_device(op, embeddings=embeddings, gate=gate)
+    check_kappa(op, kappa)
+    check_mix_tensor(op, mix)
     labels = host_labels(op, labels, layout)
-    kappa, mix = torch.as_tensor(kappa, dtype=torch.float64), torch.as_tensor(mix)
+    kappa = torch.as_tensor(kappa, dtype=torch.float64).reshape(())
     if in_reference_mode():
         check_mix(op, mix, int(torch.unique(labels, return_counts=True)[1].max()) if n else 0)
         return reference.synthesize_negatives(embeddings, labels, gate, kappa=kappa, mix=mix)

@@ -93,6 +93,29 @@ def check_same_device(op: str, **tensors: Tensor | None) -> None:
             )
 
 
+def check_kappa(op: str, kappa: float | Tensor) -> None:
+    """Refuse a hardness (16) that is not one number in [0, 1]; of a tensor on a device, only its shape is looked at."""
+    if isinstance(kappa, bool) or not isinstance(kappa, (int, float, Tensor)):
+        raise TypeError(f"{op}: kappa must be a number or a tensor of one number, got {type(kappa).__name__}")
+    if isinstance(kappa, Tensor):
+        if kappa.numel() != 1 or kappa.is_complex():
+            raise ValueError(f"{op}: kappa has shape {tuple(kappa.shape)} and dtype {kappa.dtype}; expected one number")
+        if kappa.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+    if not 0 <= (value := float(kappa)) <= 1:
+        raise ValueError(f"{op}: kappa is {value}; expected a hardness in [0, 1], as exp(-alpha / j_avg) of (16) is")
+
+
+def check_mix_tensor(op: str, mix: Tensor) -> None:
+    """Refuse mixing numbers that are not a floating tensor."""
+    if not isinstance(mix, Tensor):
+        raise TypeError(
+            f"{op}: mix must be a (K, K - 1) torch.Tensor, got {type(mix).__name__}; draw it with torch.rand(K, K - 1)"
+        )
+    if mix.dtype not in FLOATING:
+        raise TypeError(f"{op}: mix has dtype {mix.dtype}; use a floating dtype, e.g. mix.float()")
+
+
 def check_mix(op: str, mix: Tensor, most: int) -> None:
     """Refuse mixing numbers of (18) that do not fit the largest class of the batch."""
     if mix.dim() != 2 or mix.shape[0] < most or mix.shape[1] < most - 1:
