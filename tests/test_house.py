@@ -158,6 +158,36 @@ def test_the_pinned_torch_satisfies_the_declared_bound():
     assert [int(part) for part in pinned.groups()] >= [int(part) for part in bound.groups()]
 
 
+def environment_names(tree: ast.Module) -> set[str]:
+    """Names of the variables that os.environ or os.getenv is asked for."""
+    asked = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("os.environ.get", "os.getenv", "os.environ.pop"):
+            asked.add(ast.unparse(node.args[0]).strip("'\""))
+        elif isinstance(node, ast.Subscript) and ast.unparse(node.value) == "os.environ":
+            asked.add(ast.unparse(node.slice).strip("'\""))
+    return asked
+
+
+def test_no_variable_of_our_own_is_read_at_run_time():
+    """docs/building.md says so; gcng/build.py runs during an installation and under `gcng build`."""
+    for path in python_files(LIBRARY):
+        own = {name for name in environment_names(parse(path)) if name.startswith("GCNG_")}
+        assert own == ({"GCNG_BUILD_CUDA"} if path == ROOT / "gcng" / "build.py" else set()), path
+    assert environment_names(ast.parse("os.environ.get('A')\nos.getenv('B', '')\nos.environ['C']")) == {"A", "B", "C"}
+
+
+def test_the_slices_of_an_op_carry_its_name():
+    """CONTRIBUTING.md names the exceptions."""
+    ops = [path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py")]
+    ops.remove("iteration")
+    for op in ops:
+        test = "pairs" if op in ("messages", "edges", "gates") else op
+        kernel = {"edges": "edge_mlp", "retrieval": "nearest"}.get(op, op)
+        for path in (f"gcng/reference/{op}", f"gcng/ops/{op}", f"kernels/{kernel}", f"tests/test_ops_{test}"):
+            assert (ROOT / f"{path}.py").is_file(), path
+
+
 def test_torch_load_is_always_weights_only():
     files = python_files(EVERYTHING)
     found = [f"{path.relative_to(ROOT)}:{line}" for path in files for line in unsafe_loads(parse(path))]
