@@ -3,7 +3,8 @@
     python -m benchmarks.compare before.json after.json
 
 A time has changed where the ranges of the rounds (least to largest) do not overlap AND the medians differ by more than
-MIN_CHANGE. Peak memory has changed beyond MIN_CHANGE and a page or two. Exit status 1 if something got worse.
+MIN_CHANGE. Peak memory has changed beyond MIN_CHANGE and a page or two. Exit status 1 if something got worse: in a row
+of both files a reading that the second lacks is worse. Rows that the second lacks are named, and are no change.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import NamedTuple
 
 MIN_CHANGE = 0.05
 PAGES = 2**16  # bytes of a resident set that mean nothing
+GONE = "not in the second file"
+SHOWN = 5  # rows that are named where many are missing
 
 
 class Change(NamedTuple):
@@ -36,27 +39,37 @@ class Change(NamedTuple):
 
 
 def changes(before: dict, after: dict) -> Iterator[Change]:
-    """Every reading that both files have, in the order of the first."""
+    """Every reading of the first file in the rows that both have; one that the second lacks is a change."""
     rows = {row["name"]: row for row in after["rows"]}
     for row in before["rows"]:
-        other = rows.get(row["name"])
-        if other is None:
-            continue
-        for name, old in row["providers"].items():
-            new = other["providers"].get(name)
-            if new is None:
-                continue
-            if old["status"] != new["status"]:
+        for name, old in row["providers"].items() if row["name"] in rows else ():
+            new = rows[row["name"]]["providers"].get(name, {"status": GONE})
+            if old["status"] == new["status"]:
+                yield from _readings(row["name"], name, old, new)
+            elif new["status"] != GONE or old["status"] == "measured":
                 yield Change(row["name"], name, "status", old["status"], new["status"], "changed")
-                continue
-            for which, old_time in (old.get("time") or {}).items():
-                new_time = (new.get("time") or {}).get(which)
-                if new_time:
-                    verdict = time_verdict(old_time, new_time)
-                    yield Change(row["name"], name, which, old_time["median"], new_time["median"], verdict)
-            peaks = [one.get("memory", {}).get("peak_bytes") for one in (old, new)]
-            if None not in peaks:
-                yield Change(row["name"], name, "memory", *peaks, memory_verdict(*peaks))
+
+
+def _readings(row: str, provider: str, old: dict, new: dict) -> Iterator[Change]:
+    """Times and memory of a provider whose status is the same in both."""
+    new_times = new.get("time") or {}
+    for which, old_time in (old.get("time") or {}).items():
+        if which in new_times:
+            medians = old_time["median"], new_times[which]["median"]
+            yield Change(row, provider, which, *medians, time_verdict(old_time, new_times[which]))
+        else:
+            yield Change(row, provider, which, "timed", GONE, "changed")
+    peaks = [one.get("memory", {}).get("peak_bytes") for one in (old, new)]
+    if None not in peaks:
+        yield Change(row, provider, "memory", *peaks, memory_verdict(*peaks))
+    elif peaks[0] is not None:
+        yield Change(row, provider, "memory", "measured", GONE, "changed")
+
+
+def missing_rows(before: dict, after: dict) -> list[str]:
+    """Names of the rows that only the first file has: another plan, or a run that was cut off."""
+    names = {row["name"] for row in after["rows"]}
+    return [row["name"] for row in before["rows"] if row["name"] not in names]
 
 
 def time_verdict(before: dict, after: dict) -> str:
@@ -84,12 +97,15 @@ def report(before: dict, after: dict) -> tuple[str, bool]:
     lines = [] if same_machine else ["the two files are of different machines"]
     for change in told:
         lines.append(f"{change.row} {change.provider} {change.what}: {_words(change)} ({change.verdict})")
-    lines.append(f"{len(found)} readings in both, {len(told)} changed beyond the spread")
+    if missing := missing_rows(before, after):
+        more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
+        lines.append(f"rows of the first file only: {', '.join(missing[:SHOWN])}{more}")
+    lines.append(f"{len(found)} readings compared, {len(told)} changed beyond the spread")
     return "\n".join(lines), any(change.is_worse for change in told)
 
 
 def _words(change: Change) -> str:
-    if change.what == "status":
+    if isinstance(change.before, str):
         return f"{change.before} -> {change.after}"
     unit, scale = ("MB", 1e-6) if change.what == "memory" else ("ms", 1e3)
     ratio = change.after / change.before

@@ -214,6 +214,26 @@ def test_a_comparison_names_what_changed_beyond_the_spread(results, tmp_path, ca
     assert "0 changed beyond the spread" in capsys.readouterr().out
 
 
+def test_a_comparison_reports_what_the_second_file_lacks(results):
+    after = copy.deepcopy(results)
+    first, second = after["rows"][0]["providers"], after["rows"][1]["providers"]
+    del first["reference"]  # a provider that is gone
+    del second["gcng"]["time"]  # measured, but without a time
+    del second["reference"]["memory"]
+    del after["rows"][3]  # a row that is gone
+    told = {(c.row[:14], c.provider, c.what): c.after for c in compare.changes(results, after) if c.verdict != "same"}
+    assert told == {
+        ("iteration/N80-", "reference", "status"): compare.GONE,
+        ("iteration/N160", "gcng", "forward"): compare.GONE,
+        ("iteration/N160", "reference", "memory"): compare.GONE,
+    }
+    text, worse = compare.report(results, after)
+    assert worse and "gcng forward: timed -> not in the second file (changed)" in text
+    assert "rows of the first file only: attention/N160-D512-L1/float32\n" in text
+    assert compare.report(results, {**results, "rows": results["rows"][:1]})[1] is False
+    assert "rows of the first file only" not in compare.report(after, results)[0]
+
+
 def test_tables_are_written_between_the_markers_and_checked(results, tmp_path, capsys):
     (tmp_path / "docs").mkdir()
     folder = tmp_path / "results"
