@@ -314,7 +314,7 @@ BAD_BATCHES = {
     "wrong width": (lambda z, y: (z[:, :3], y), ValueError, r"shape \(4, 3\); expected \(N, D\) with D ="),
     "labels too short": (lambda z, y: (z, y[:2]), ValueError, r"labels has shape \(2,\); expected \(4,\)"),
     "2-D labels": (lambda z, y: (z, y[:, None]), ValueError, r"use labels.squeeze\(1\)"),
-    "float labels": (lambda z, y: (z, y.float()), TypeError, "labels has dtype torch.float32; use an integer dtype"),
+    "float labels": (lambda z, y: (z, y.float()), TypeError, "labels has dtype torch.float32; use int64, int32"),
     "bool labels": (lambda z, y: (z, y.bool()), TypeError, "labels has dtype torch.bool"),
     "label too large": (lambda z, y: (z, y + C), ValueError, r"labels\[0\] is 7; expected a class index in \[0,"),
     "label beyond 32 bits": (lambda z, y: (z, y + 2**40), ValueError, r"labels\[0\] is 1099511627776"),

@@ -56,7 +56,9 @@ def check_labels(op: str, labels: Tensor, length: int, *, name: str = "labels", 
     if not isinstance(labels, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(labels).__name__}; use torch.as_tensor(...)")
     if labels.dtype not in INTEGER:
-        raise TypeError(f"{op}: {name} has dtype {labels.dtype}; use an integer dtype, e.g. {name}.long()")
+        raise TypeError(
+            f"{op}: {name} has dtype {labels.dtype}; use int64, int32, int16, int8 or uint8, e.g. {name}.long()"
+        )
     if labels.dim() != 1 or labels.shape[0] != length:
         raise ValueError(
             f"{op}: {name} has shape {tuple(labels.shape)}; expected ({length},), one label for each row of {of}"
@@ -102,7 +104,8 @@ def check_kappa(op: str, kappa: float | Tensor) -> None:
             raise ValueError(f"{op}: kappa has shape {tuple(kappa.shape)} and dtype {kappa.dtype}; expected one number")
         if kappa.device.type != "cpu" or torch.compiler.is_compiling():
             return
-    if not 0 <= (value := float(kappa)) <= 1:
+    value = float(kappa.detach()) if isinstance(kappa, Tensor) else kappa
+    if not 0 <= value <= 1:
         raise ValueError(f"{op}: kappa is {value}; expected a hardness in [0, 1], as exp(-alpha / j_avg) of (16) is")
 
 
