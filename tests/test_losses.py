@@ -269,6 +269,21 @@ def test_parameter_groups() -> None:
     torch.optim.AdamW(criterion.parameter_groups(graph_lr=1e-3, classifier_lr=1e-2))
 
 
+@pytest.mark.parametrize(
+    ("i", "j", "error", "message"),
+    [
+        ([-1], [0], ValueError, r"gates: i\[0\] is -1; expected a batch position in \[0, N\) = \[0, 9\)"),
+        ([0, 1], [8, 9], ValueError, r"gates: j\[1\] is 9; expected a batch position"),
+        ([0, 1], [0], ValueError, r"gates: i has shape \(2,\) but j has shape \(1,\)"),
+        ([0.0], [0], TypeError, "gates: i must be a 1-D int64 tensor"),
+    ],
+)
+def test_gates_of_positions_that_do_not_exist(i, j, error, message) -> None:
+    criterion, (z, y, _) = make_criterion(), batch_of(BATCHES["ragged, shuffled"])
+    with pytest.raises(error, match=message):
+        criterion.graph(z, y).gates(torch.tensor(i), torch.tensor(j))
+
+
 def test_gates_on_demand_are_differentiable() -> None:
     criterion, (z, y, _) = make_criterion(2), batch_of(BATCHES["ragged, shuffled"])
     i, j = torch.tensor([0, 3, 8, 2]), torch.tensor([1, 3, 0, 7])
@@ -315,6 +330,7 @@ BAD_BATCHES = {
     "labels too short": (lambda z, y: (z, y[:2]), ValueError, r"labels has shape \(2,\); expected \(4,\)"),
     "2-D labels": (lambda z, y: (z, y[:, None]), ValueError, r"use labels.squeeze\(1\)"),
     "float labels": (lambda z, y: (z, y.float()), TypeError, "labels has dtype torch.float32; use int64, int32"),
+    "unsigned labels": (lambda z, y: (z, y.to(torch.uint16)), TypeError, "uint16; use int64, int32, int16, int8 or ui"),
     "bool labels": (lambda z, y: (z, y.bool()), TypeError, "labels has dtype torch.bool"),
     "label too large": (lambda z, y: (z, y + C), ValueError, r"labels\[0\] is 7; expected a class index in \[0,"),
     "label beyond 32 bits": (lambda z, y: (z, y + 2**40), ValueError, r"labels\[0\] is 1099511627776"),

@@ -37,7 +37,11 @@ class GraphOutput:
         """Channel gates (14) of pairs (anchor i, negative j), (len(i), D), in (0, 1).
 
         Args:
-            i, j: (B,) int64 batch positions.
+            i, j: (B,) int64 batch positions, from 0 to N - 1.
+
+        Raises:
+            TypeError: not 1-D int64 tensors. ValueError: different shapes, or (on the CPU, where looking costs no
+                wait) a position outside the batch.
 
         Memory: O(B D) beside the batch statistics of the edges, which take one pass over all pairs.
         """
@@ -47,6 +51,8 @@ class GraphOutput:
         if i.shape != j.shape:
             raise ValueError(f"gates: i has shape {tuple(i.shape)} but j has shape {tuple(j.shape)}")
         slot = self.layout.inverse
+        for name, index in (("i", i), ("j", j)):
+            _check_positions(name, index, slot.shape[0])
         return self.edges.gates(self.graph.gate_parameters(), slot[i], slot[j])
 
 
@@ -210,6 +216,15 @@ def check_batch(op: str, embeddings: Tensor, labels: Tensor, width: int) -> None
         raise ValueError(
             f"{op}: labels is on {labels.device} but embeddings is on {embeddings.device}; move one with .to(...)"
         )
+
+
+def _check_positions(name: str, index: Tensor, n: int) -> None:
+    if index.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    wrong = (index < 0) | (index >= n)
+    if bool(wrong.any()):
+        at = int(wrong.nonzero()[0, 0])
+        raise ValueError(f"gates: {name}[{at}] is {int(index[at])}; expected a batch position in [0, N) = [0, {n})")
 
 
 def _check_sizes(embedding_size: int, num_classes: int, num_layers: int, num_heads: int, dropout: float) -> None:
