@@ -78,14 +78,16 @@ def _provider_cells(row: dict, name: str, provider: dict) -> list[str]:
 
 
 def exponents(results: dict) -> str:
-    """Fits of time and memory over each size, beside the exponent of the useful operations."""
+    """Fits of time and memory over each size, beside that of the useful operations and the powers of the model."""
     lines = []
     for provider in ("gcng", "published"):
         for one in scalings(results, provider):
             where = [f"{one.operation} {one.precision}", provider_words(provider), one.size, one.fixed]
             span = f"{one.values[0]} to {one.values[-1]} ({len(one.values)})"
-            lines.append([*where, span, *(_fit_words(found) for found in (one.time, one.memory, one.model))])
-    header = ["op", "provider", "over", "at", "sizes", "time", "memory", "operations"]
+            time, memory, model = (_fit_words(found) for found in (one.time, one.memory, one.model))
+            leading = [str(power) for power in one.expected] if one.expected else ["-", "-"]
+            lines.append([*where, span, time, model, leading[0], memory, leading[1]])
+    header = ["op", "provider", "over", "at", "sizes", "time", "useful operations", "leading", "memory", "leading"]
     return table(header, lines) if lines else ""
 
 

@@ -1,8 +1,8 @@
 """How time and memory grow: least squares in logarithms over the rows of a results file that differ in one size.
 
 An exponent comes with its spread: the standard error of the slope, or, for two points, what the spread of the two
-times allows. Beside it stands the exponent of the model, fitted in the same way to the useful operations of the same
-settings: what the arithmetic alone would give.
+times allows. Beside it stand two models: the same fit to the useful operations of the same settings, which is what the
+arithmetic alone would give at these sizes, and EXPECTED, the power that leads when the size is large.
 """
 
 from __future__ import annotations
@@ -16,6 +16,19 @@ from benchmarks.settings import Setting
 
 SIZES = {"N": "samples", "D": "embedding_size", "L": "num_layers", "C": "training_classes", "K": "samples_per_class"}
 MIN_POINTS = 3
+# Leading powers of time and of memory by operation and size. An iteration computes N²/2 pairs at 82 D² operations in
+# the first layer and 108 D² in each further one, keeps some multiple of D numbers of each pair and layer where the budget
+# allows, and multiplies N²/K negatives with C classes, whose weights it holds. With nothing kept, time goes towards L².
+EXPECTED: dict[str, dict[str, tuple[int, int]]] = {
+    "iteration": {"N": (2, 2), "D": (2, 1), "L": (1, 1), "C": (1, 1), "K": (0, 0)},
+    "edges": {"N": (2, 2), "D": (2, 1)},
+    "messages": {"N": (2, 2), "D": (2, 1)},
+    "attention": {"N": (2, 1), "D": (1, 1)},
+    "correlation": {"N": (2, 1), "D": (1, 1)},
+    "retrieval": {"N": (2, 1), "D": (1, 1)},
+    "synthesis": {"N": (2, 2), "D": (1, 1), "K": (0, 0)},
+    "class_cross_entropy": {"N": (1, 1), "D": (1, 1), "C": (1, 1)},
+}
 
 
 class Fit(NamedTuple):
@@ -38,6 +51,11 @@ class Scaling(NamedTuple):
     time: Fit | None
     memory: Fit | None
     model: Fit | None
+
+    @property
+    def expected(self) -> tuple[int, int] | None:
+        """Leading powers of time and memory, where the model has them."""
+        return EXPECTED.get(self.operation, {}).get(self.size)
 
 
 def fit(sizes: Iterable[float], values: Iterable[float]) -> Fit:

@@ -193,6 +193,36 @@ def test_exponents_are_those_of_the_law_that_made_the_times(results):
         scaling.fit([2], [1])
 
 
+def test_every_size_is_fitted_and_stands_beside_the_model(results):
+    base = Setting(1, 64, 160)
+    sweeps = {
+        "D": [Setting(1, d, 160) for d in (64, 128, 256)],
+        "L": [Setting(layers, 64, 160) for layers in (1, 2, 3)],
+        "K": [Setting(1, 64, 160, samples_per_class=k) for k in (2, 4, 8)],
+        "C": [base, *(Setting(1, 64, 160, classes=c) for c in (1000, 10_000))],
+    }
+    law = {"D": ("embedding_size", 1.8), "L": ("num_layers", 1.1), "K": ("samples_per_class", -0.1)}
+    law["C"] = ("training_classes", 0.7)
+    rows = {}
+    for setting in (one for settings in sweeps.values() for one in settings):
+        seconds = 1e-3
+        for name, power in law.values():
+            seconds *= getattr(setting, name) ** power
+        rows[setting] = row("iteration", setting, {"gcng": measured(seconds, 10**6 * setting.num_layers)})
+    results["rows"] = list(rows.values())
+    found = {one.size: one for one in scaling.scalings(results)}
+    assert set(found) == set(sweeps)
+    for size, one in found.items():
+        assert one.time.exponent == pytest.approx(law[size][1]) and one.time.error == pytest.approx(0, abs=1e-9)
+        assert one.values == tuple(getattr(setting, law[size][0]) for setting in sweeps[size])
+    assert found["L"].expected == (1, 1) and found["K"].expected == (0, 0)
+    assert found["L"].model.exponent == pytest.approx(1.11, abs=0.05)
+    text = details.documentation([("example.json", results)])
+    assert "| gcng | L | N = 160, D = 64, K = 2 | 1 to 3 (3) | 1.10 ± 0.00 |" in text
+    assert "| 1 | 1.00 ± 0.00 | 1 |" in text
+    assert set(scaling.EXPECTED) < {*operations.OPERATIONS}
+
+
 def test_a_comparison_names_what_changed_beyond_the_spread(results, tmp_path, capsys):
     after = copy.deepcopy(results)
     providers = after["rows"][1]["providers"]
