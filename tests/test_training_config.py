@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gcng.training.config import FREE_ON_RESUME, Config
+from gcng.training.config import DATA_KINDS, FREE_ON_RESUME, Config
 from gcng.training.config_io import (
     as_nested,
     changed_keys,
@@ -129,6 +129,9 @@ def test_config_is_frozen_and_every_key_is_documented():
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.loss.alpha = 3.0
     assert all(text for text in config_keys().values())
+    assert config_keys()["data.kind"].endswith(f"({', '.join(DATA_KINDS)}) [\"matplotlib_letters\"]")
+    assert config_keys()["optimizer.clip_norm"].endswith('[\"none\"]')
+    assert config_keys()["evaluation.k"].endswith("[[1, 10, 100, 1000]]")
     assert set(config_keys()) >= FREE_ON_RESUME
 
 
@@ -177,3 +180,9 @@ def test_memory_budget_is_checked_before_anything_is_started(budget):
     with pytest.raises(ConfigError, match=f"loss.memory_budget: memory_budget is '{budget}'"):
         load_config(overrides=[f"loss.memory_budget={budget}"])
     assert load_config(overrides=["loss.memory_budget=2GiB"]).loss.memory_budget == "2GiB"
+
+
+def test_every_kind_of_data_set_is_documented():
+    text = (Path(__file__).resolve().parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)`.*\|$", text, re.MULTILINE)
+    assert sorted(rows) == sorted(DATA_KINDS)

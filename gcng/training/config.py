@@ -53,8 +53,8 @@ class RunConfig:
 class DataConfig:
     """Data sets, batches of M classes x K samples, augmentation."""
 
-    kind: str = bounded("matplotlib_letters", "kind of data set", choices=DATA_KINDS)
-    root: str = bounded("", "folder or file of the data set; letters need none")
+    kind: str = bounded("matplotlib_letters", "kind of data set: see docs/training.md", choices=DATA_KINDS)
+    root: str = bounded("", "folder or file of the data set; matplotlib_letters needs none")
     num_classes_per_batch: int = bounded(40, "M: classes in a batch", at_least=1)
     samples_per_class: int = bounded(2, "K: samples of each class in a batch", at_least=1)
     batches_per_epoch: int = bounded(0, "steps of an epoch; 0 means samples // batch size", at_least=0)

@@ -38,8 +38,13 @@ _LEAVES = _leaf_fields()
 
 
 def config_keys() -> dict[str, str]:
-    """Every dotted key with its one-line meaning, in the order of the sections."""
-    return {key: leaf.metadata["help"] for key, (leaf, _) in _LEAVES.items()}
+    """Every dotted key with its meaning, its choices and its default on one line, in the order of the sections."""
+    lines = {}
+    for key, (leaf, _) in _LEAVES.items():
+        choices = leaf.metadata["choices"]
+        among = f" ({', '.join(choices)})" if choices else ""
+        lines[key] = f"{leaf.metadata['help']}{among} [{_toml_value(leaf.default)}]"
+    return lines
 
 
 def load_config(
