@@ -17,8 +17,8 @@ from benchmarks.settings import Setting
 SIZES = {"N": "samples", "D": "embedding_size", "L": "num_layers", "C": "training_classes", "K": "samples_per_class"}
 MIN_POINTS = 3
 # Leading powers of time and of memory by operation and size. An iteration computes N²/2 pairs at 82 D² operations in
-# the first layer and 108 D² in each further one, keeps some multiple of D numbers of each pair and layer where the budget
-# allows, and multiplies N²/K negatives with C classes, whose weights it holds. With nothing kept, time goes towards L².
+# the first layer and 108 D² in each further one, keeps some multiple of D numbers of each pair and layer where the
+# budget allows, and multiplies N²/K negatives with C classes, whose weights it holds. With nothing kept: towards L².
 EXPECTED: dict[str, dict[str, tuple[int, int]]] = {
     "iteration": {"N": (2, 2), "D": (2, 1), "L": (1, 1), "C": (1, 1), "K": (0, 0)},
     "edges": {"N": (2, 2), "D": (2, 1)},
