@@ -1,7 +1,7 @@
 """What the products with epilogues share: which of them run, their tiles, and the end of an edge layer.
 
-Owns the launch tables of :mod:`gcng.kernels.edge_products`, :mod:`gcng.kernels.edge_mlp` and
-:mod:`gcng.kernels.message_products`.
+Owns the launch tables of :mod:`gcng.kernels.edge_products`, :mod:`gcng.kernels.edge_wide_rows`,
+:mod:`gcng.kernels.edge_mlp` and :mod:`gcng.kernels.message_products`.
 """
 
 from __future__ import annotations
@@ -26,13 +26,17 @@ class ProductSchedule(Schedule):
     block_k: int = 64
     group: int = 8  # tiles of pairs that follow each other for one block of the map: it then stays in the cache
 
+    def holds_rows(self, width: int) -> bool:
+        """Whether a program has all channels of its pairs."""
+        return width <= self.block_n
+
 
 @dataclass(frozen=True)
 class EdgeProducts:
     """Which products of a layer take the kernels with epilogues; None: the product of the library and a pass."""
 
     first_map: ProductSchedule | None = None
-    second_map: ProductSchedule | None = None  # only where a program can own whole rows
+    second_map: ProductSchedule | None = None  # where it holds no whole rows: gcng.kernels.edge_wide_rows
     hidden_gradient: ProductSchedule | None = None
     mlp: ProductSchedule | None = None  # gcng.kernels.edge_mlp: both maps in one kernel
     messages: ProductSchedule | None = None  # gcng.kernels.message_products
@@ -50,11 +54,18 @@ def available_products(width: int, dtype: torch.dtype, arch: int) -> EdgeProduct
     whole = triton.next_power_of_2(width)
     return EdgeProducts(
         first_map=ProductSchedule(8, stages, 128, 128, 64),
-        second_map=ProductSchedule(8, stages, 64 if whole > 128 else 128, whole, 32) if width <= 256 else None,
+        second_map=_second_map_schedule(whole, stages) if width <= 1024 else None,
         hidden_gradient=ProductSchedule(8, stages, 128, 64, 64),
         mlp=_mlp_schedule(whole) if width <= 256 else None,
         messages=ProductSchedule(8, stages, 64, 128, 64),
     )
+
+
+def _second_map_schedule(whole: int, stages: int) -> ProductSchedule:
+    # Whole rows as long as their sums fit into the registers.
+    if whole > 256:
+        return ProductSchedule(8, stages, 128, 128, 64)
+    return ProductSchedule(8, stages, 64 if whole > 128 else 128, whole, 32)
 
 
 def _mlp_schedule(whole: int) -> ProductSchedule:
@@ -109,6 +120,25 @@ def multiply(
 
 
 @triton.jit
+def finish_map(
+    y, mean, rstd, x_ptr, row_sums_ptr, shift_ptr, w2_ptr, stash_ptr, place, stored, channel, packed, upper,
+    TYPE: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """w2 from the second product of (13) y (M, channels), any block of the channels; also to w2_ptr and stash_ptr.
+
+    w2_ptr: (R S, D) or None. stash_ptr: (P, D) or None. packed, upper: of the pairs, int64 and bool.
+    """
+    within = (channel < WIDTH)[None, :]
+    y = (y - mean[:, None] * load_node(row_sums_ptr, 0, channel, WIDTH, TYPE)[None, :]) * rstd[:, None]
+    y += load_node(shift_ptr, 0, channel, WIDTH, TYPE)[None, :] + load_rows(x_ptr, place, channel, stored, WIDTH, TYPE)
+    if w2_ptr is not None:
+        store(w2_ptr + place[:, None] * WIDTH + channel[None, :], y, stored[:, None] & within)
+    if stash_ptr is not None:
+        store(stash_ptr + packed[:, None] * WIDTH + channel[None, :], y, upper[:, None] & within)
+    return y
+
+
+@triton.jit
 def finish_edges(
     y, mean, rstd, x_ptr, row_sums_ptr, shift_ptr, ln_weight_ptr, ln_bias_ptr, w2_ptr, stash_ptr, out_ptr,
     place, stored, channel, n, r0, c0, columns,
@@ -121,18 +151,15 @@ def finish_edges(
     i = place // columns
     row, column = r0 + i, c0 + place - i * columns
     packed = packed_place(row, column, n)
-    within = (channel < WIDTH)[None, :]
-    inside, upper = stored[:, None] & within, (stored & (column >= row))[:, None] & within
-    y = (y - mean[:, None] * load_node(row_sums_ptr, 0, channel, WIDTH, TYPE)[None, :]) * rstd[:, None]
-    y += load_node(shift_ptr, 0, channel, WIDTH, TYPE)[None, :] + load_rows(x_ptr, place, channel, stored, WIDTH, TYPE)
-    if w2_ptr is not None:
-        store(w2_ptr + place[:, None] * WIDTH + channel[None, :], y, inside)
-    if stash_ptr is not None:
-        store(stash_ptr + packed[:, None] * WIDTH + channel[None, :], y, upper)
+    within, upper = (channel < WIDTH)[None, :], stored & (column >= row)
+    y = finish_map(
+        y, mean, rstd, x_ptr, row_sums_ptr, shift_ptr, w2_ptr, stash_ptr, place, stored, channel, packed, upper,
+        TYPE, WIDTH,
+    )  # fmt: skip
     normalized, _ = normalize(tl.where(within, gelu(y, EXACT), 0.0), channel, WIDTH)
     gain = load_node(ln_weight_ptr, 0, channel, WIDTH, TYPE)[None, :]
     value = normalized * gain + load_node(ln_bias_ptr, 0, channel, WIDTH, TYPE)[None, :]
     if PACKED:
-        store(out_ptr + packed[:, None] * WIDTH + channel[None, :], value, upper)
+        store(out_ptr + packed[:, None] * WIDTH + channel[None, :], value, upper[:, None] & within)
     else:
-        store(out_ptr + place[:, None] * WIDTH + channel[None, :], value, inside)
+        store(out_ptr + place[:, None] * WIDTH + channel[None, :], value, stored[:, None] & within)

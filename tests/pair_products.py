@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from gcng.kernels import edge_gradient_product, edge_mlp, edge_products, message_products
+from gcng.kernels import edge_gradient_product, edge_mlp, edge_products, edge_wide_rows, message_products
 from gcng.kernels.product_tiles import EdgeProducts
 from gcng.ops.pair_kernels import PRODUCT, Edges, HiddenState, Prepared, TorchPairKernels
 from gcng.ops.products import linear, product_to
@@ -60,9 +60,9 @@ def second_map(draws: Draws, schedules: EdgeProducts | None, packed: bool) -> di
         product_to(hidden, prepared.folded.T, w2)
         STEPS.epilogue(w2, x, mean, rstd, prepared, s.n, s.tile, out, packed=packed, stash=stash)
     else:
-        edge_products.edge_second_map(
-            hidden, x, mean, rstd, prepared, s.n, s.tile, w2, out, packed, stash, schedules.second_map
-        )
+        whole = schedules.second_map.holds_rows(s.width)
+        launcher = edge_products.edge_second_map if whole else edge_wide_rows.edge_wide_second_map
+        launcher(hidden, x, mean, rstd, prepared, s.n, s.tile, w2, out, packed, stash, schedules.second_map)
     return {"w2": w2, "edges": out} | ({"stash": stash} if packed else {})
 
 

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton", exc_type=ImportError)
 
 import gcng
-from gcng.kernels import product_tiles
+from gcng.kernels import edge_products, edge_wide_rows, product_tiles
 from gcng.kernels.product_tiles import EdgeProducts, ProductSchedule
 from gcng.memory import MemoryPlan
 from gcng.ops.dispatch import forced_kernels
@@ -18,7 +18,10 @@ from gcng.ops.pair_kernels import PRODUCT, Edges, TorchPairKernels
 from gcng.ops.synthesis_tiles import TorchSynthesisKernels
 from gcng.ops.tiles import Tile, pair_count
 from gcng.ops.triton_pair_kernels import TritonPairKernels
-from tests.test_losses import assert_same, run
+from tests.pair_passes import Draws, Setting
+from tests.pair_products import layer_of
+from tests.test_losses import assert_same
+from tests.test_losses import run as run_criterion
 from tests.test_losses_golden import memory_plan
 from tests.triton_interpreter import check_isolated, spread_rows
 
@@ -28,6 +31,7 @@ KERNELS = TritonPairKernels()
 
 
 GUARDED = """
+from dataclasses import replace
 import torch
 from gcng.ops.tiles import Tile
 from gcng.ops.triton_pair_kernels import TritonPairKernels
@@ -46,6 +50,10 @@ for tile in (Tile(2, 5, 2, 7), Tile(0, 2, 5, 7)):
         assert run(TritonPairKernels(), Draws(setting), setting)
     for run, option in CASES.values():
         assert run(Draws(Setting(7, 5, tile, torch.float32)), schedules, option)
+    wide = replace(schedules, second_map=replace(blocks, block_n=16))
+    for name in ("second map", "second map packed"):
+        run, option = CASES[name]
+        assert run(Draws(Setting(7, 21, tile, torch.float32)), wide, option)
 """
 
 
@@ -73,6 +81,23 @@ def test_packed_storage_beyond_32_bits() -> None:
     mean, rstd = KERNELS.hidden(packed, hidden, n, tile, packed=True)
     assert torch.allclose(hidden, torch.nn.functional.gelu(expected.view(6, width)), atol=1e-6)
     assert mean.isfinite().all() and rstd.isfinite().all()
+
+
+@pytest.mark.parametrize("block_n", [32, 16], ids=["whole rows", "wide rows"])
+def test_products_to_packed_storage_beyond_32_bits(block_n: int) -> None:
+    n, width, tile = 50_000, 20, Tile(49_997, 49_999, 49_997, 50_000)
+    assert pair_count(n) * width > 2**31
+    draws = Draws(Setting(3, width, Tile(0, 2, 0, 3), torch.float32))
+    x, prepared, hidden = draws.operand(6, width), layer_of(draws), draws.operand(6, 4 * width)
+    mean, rstd, w2, out = draws.wide(6), draws.wide(6), torch.empty(6, width), torch.empty(6, width)
+    schedule = ProductSchedule(4, 2, 16, block_n, 16)
+    run = edge_products.edge_second_map if schedule.holds_rows(width) else edge_wide_rows.edge_wide_second_map
+    packed, stash = (reserved(pair_count(n), width, torch.float32) for _ in range(2))
+    run(hidden, x, mean, rstd, prepared, n, tile, w2, packed, True, stash, schedule)
+    run(hidden, x, mean, rstd, prepared, n, tile, w2, out, False, None, schedule)
+    for storage, values in ((packed, out), (stash, w2)):
+        upper = torch.triu(torch.ones(2, 3)).bool().flatten()
+        assert torch.equal(KERNELS.load(storage, n, tile, torch.empty(6, width))[upper], values[upper])
 
 
 def test_nodes_beyond_32_bits() -> None:
@@ -110,8 +135,8 @@ def test_the_criterion_equals_the_reference(
         memory_plan(monkeypatch, MemoryPlan(10_000, kept, kept, kept)),
         forced_kernels(KERNELS, TorchSynthesisKernels()),
     ):
-        ours = run(criterion, z, labels, mix)
+        ours = run_criterion(criterion, z, labels, mix)
     with gcng.reference_mode():
-        truth = run(criterion, z, labels, mix)
+        truth = run_criterion(criterion, z, labels, mix)
     assert math.isfinite(ours[0].sum())
     assert_same(ours, truth, 1e-10)

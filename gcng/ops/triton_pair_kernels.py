@@ -207,12 +207,17 @@ class TritonPairKernels(TorchPairKernels):
         stash: Tensor | None = None,
         keep: bool = True,
     ) -> None:
-        from gcng.kernels import edge_epilogue, edge_products
+        from gcng.kernels import edge_epilogue, edge_products, edge_wide_rows
 
         schedule = self._products(x).second_map
         if schedule is None:
             product_to(hidden, prepared.folded.T, w2)
             edge_epilogue.edge_epilogue(w2, x, mean, rstd, prepared, n, tile, out, packed, stash, keep)
+            return
+        if not schedule.holds_rows(x.shape[-1]):
+            edge_wide_rows.edge_wide_second_map(
+                hidden, x, mean, rstd, prepared, n, tile, w2, out, packed, stash, schedule
+            )
             return
         w2 = w2 if keep else None
         edge_products.edge_second_map(hidden, x, mean, rstd, prepared, n, tile, w2, out, packed, stash, schedule)
