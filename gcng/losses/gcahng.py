@@ -16,6 +16,7 @@ from gcng.losses.schedule import LossAverages
 from gcng.nn.graph import CorrelationGraph, check_batch
 from gcng.ops.class_cross_entropy import linear_cross_entropy
 from gcng.ops.layout import ClassMajor, class_major_beside
+from gcng.ops.transfers import capturing, sent
 from gcng.ops.validation import check_same_dtype
 
 CLASSIFIER_FACTOR = 10.0  # (23)
@@ -123,10 +124,11 @@ class GCAHNGLoss(nn.Module):
         Args:
             mix: (K, K - 1) numbers of (18), K the largest number of samples of a class; None draws
                 ``torch.rand(K, K - 1, generator=generator)`` on the CPU.
-            generator: of torch, on the CPU; draws mix and the dropout seed.
+            generator: of torch, on the CPU; draws mix and the dropout seed. While a CUDA graph is captured both come
+                from the GPU's default generator instead, so that every replay draws new ones.
             layout: the batch's classes, known on the host: spares waiting for labels on a GPU.
         """
-        batch = self._check("metric_terms", embeddings, labels, layout)
+        batch = self._classes("metric_terms", embeddings, labels, layout)
         mix = self._mix("metric_terms", batch, mix, generator, embeddings)
         output = self.graph.run(embeddings, batch, self.graph.draw_dropout(generator))
         z = embeddings.index_select(0, batch.order)
@@ -173,7 +175,7 @@ class GCAHNGLoss(nn.Module):
         *,
         train_classifier: bool,
     ) -> GeneratorTerms:
-        batch = self._check("generator_terms", embeddings, labels, layout)
+        batch = self._classes("generator_terms", embeddings, labels, layout)
         mix = self._mix("generator_terms", batch, mix, generator, embeddings)
         constants = embeddings.detach()
         output = self.graph.run(constants, batch, self.graph.draw_dropout(generator))
@@ -223,9 +225,7 @@ class GCAHNGLoss(nn.Module):
         """
         return load_official_state_dict(self, self.graph.num_layers, state_dict)
 
-    def _check(
-        self, op: str, embeddings: Tensor, labels: Tensor, layout: BatchLayout | None = None
-    ) -> ClassMajor:
+    def _check(self, op: str, embeddings: Tensor, labels: Tensor) -> None:
         check_batch(op, embeddings, labels, self.graph.embedding_size)
         check_same_dtype(op, embeddings=embeddings, weight=self.classifier.weight)
         if labels.device.type == "cpu" and labels.numel():
@@ -236,9 +236,13 @@ class GCAHNGLoss(nn.Module):
                     f"{op}: labels[{index}] is {int(labels[index])}; expected a class index in [0, num_classes) = "
                     f"[0, {self.graph.num_classes})"
                 )
+
+    def _classes(self, op: str, embeddings: Tensor, labels: Tensor, layout: BatchLayout | None) -> ClassMajor:
+        self._check(op, embeddings, labels)
         batch = class_major_beside(op, labels, layout, embeddings.device)
-        if self.singletons == "error" and not bool(batch.is_anchor.all()):
-            label = int(batch.labels[~batch.is_anchor][0])
+        # class_start stays where the labels are: no wait for a GPU if they are on the CPU.
+        if self.singletons == "error" and bool((alone := batch.class_start.diff() == 1).any()):
+            label = int(batch.labels[int(batch.class_start[:-1][alone][0])])
             raise ValueError(
                 f'{op}: class {label} has one sample in the batch and singletons="error"; give every class at least '
                 f'two samples (gcng.data.ClassBalancedBatchSampler does), or use singletons="skip"'
@@ -253,28 +257,30 @@ class GCAHNGLoss(nn.Module):
         generator: torch.Generator | None,
         embeddings: Tensor,
     ) -> Tensor:
-        # class_start stays where the labels are: no wait for a GPU if they are on the CPU.
         most = max(int(batch.class_start.diff().max()), 1) if batch.rank.numel() else 1
         dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
         if mix is None:
-            return torch.rand(most, most - 1, generator=generator, dtype=dtype).to(embeddings.device)
+            if capturing(embeddings.device):
+                return torch.rand(most, most - 1, dtype=dtype, device=embeddings.device)
+            return sent(torch.rand(most, most - 1, generator=generator, dtype=dtype), embeddings.device)
         mix = torch.as_tensor(mix)
         if tuple(mix.shape) != (most, most - 1):
             raise ValueError(
                 f"{op}: mix has shape {tuple(mix.shape)}; expected (K, K - 1) = ({most}, {most - 1}), K the largest "
                 f"number of samples of a class in the batch"
             )
-        return mix.to(embeddings.device, dtype)
+        return sent(mix, embeddings.device, dtype)
 
     def _dropped_class(self, batch: ClassMajor) -> Tensor:
         """Class whose entry (25) counts as 0, for every class-major slot."""
         if not self.official_sim_mask:
             return batch.class_index
-        counts = torch.bincount(batch.class_index)
+        counts = batch.class_start.diff()
+        counts = counts[counts > 0]
         if counts.numel() and bool((counts != counts[0]).any()):
             raise ValueError(
                 "generator_terms: official_sim_mask=True needs the same number of samples of every class, got "
                 f"{int(counts.min())} to {int(counts.max())}; use official_sim_mask=False for ragged batches"
             )
         num_classes = counts.numel()
-        return (batch.rank * num_classes + batch.class_index) // counts[0] if num_classes else batch.class_index
+        return (batch.rank * num_classes + batch.class_index) // int(counts[0]) if num_classes else batch.class_index

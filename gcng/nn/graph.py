@@ -16,6 +16,7 @@ from gcng.nn.field import DenseEdges, DropoutState, EdgeField, GateParameters
 from gcng.nn.layers import EdgeLayer, NodeLayer
 from gcng.ops.correlation import center_normalize
 from gcng.ops.layout import ClassMajor, class_major_beside
+from gcng.ops.transfers import capturing, sent
 from gcng.ops.validation import check_channels, check_float_matrix, check_labels, check_same_dtype
 
 
@@ -111,11 +112,16 @@ class CorrelationGraph(nn.Module):
         return self.run(embeddings, layout, self.draw_dropout(generator))
 
     def draw_dropout(self, generator: torch.Generator | None) -> DropoutState:
-        """One 64-bit seed for a phase; nothing is drawn without dropout."""
+        """One 64-bit seed for a phase, drawn on the CPU; nothing is drawn without dropout.
+
+        While a CUDA graph is captured the GPU's default generator draws it, so that every replay has its own. It lies
+        on the graph's device in both cases: what the warm-up compiles is then what the capture calls.
+        """
         if not self.training or self.dropout == 0:
             return DropoutState(torch.zeros((), dtype=torch.int64), 0.0)
-        bounds = torch.iinfo(torch.int64)
-        return DropoutState(torch.randint(bounds.min, bounds.max, (), generator=generator), self.dropout)
+        device, bounds = self.input.weight.device, torch.iinfo(torch.int64)
+        place = {"device": device} if capturing(device) else {"generator": generator}
+        return DropoutState(sent(torch.randint(bounds.min, bounds.max, (), **place), device), self.dropout)
 
     def memory_plan(self, embeddings: Tensor) -> MemoryPlan:
         """What to keep for the backward of a batch like this one."""

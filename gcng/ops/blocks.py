@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from gcng.ops.transfers import sent
+
 
 def spans(length: int, size: int) -> Iterator[slice]:
     """Consecutive slices of ``size`` that cover ``length``; the last one may be shorter."""
@@ -21,4 +23,4 @@ def labels_beside(op: str, labels: Tensor, device: torch.device, *, name: str = 
             f"{op}: {name} is on {labels.device} but its samples are on {device}; "
             f"move it with {name}.to({str(device)!r})"
         )
-    return labels.to(device)
+    return sent(labels, device)

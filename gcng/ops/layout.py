@@ -14,6 +14,7 @@ from torch import Tensor
 from gcng.batch_layout import BatchLayout
 from gcng.ops import native
 from gcng.ops.registration import define_op
+from gcng.ops.transfers import sent
 from gcng.reference.dropout import node_identity
 
 
@@ -86,17 +87,27 @@ def class_major_beside(op: str, labels: Tensor, layout: BatchLayout | None, devi
     """The class structure with its index tensors on ``device``; ``class_start`` stays where the labels are.
 
     From labels on the CPU no op has to wait for a GPU. What a ``layout`` has been asked for on a device it keeps, so
-    that a CUDA graph captures no copy from the host.
+    that a CUDA graph captures no copy from the host; the layout has to be kept for as long as the graph is replayed.
     """
     known = None if layout is None else layout.on_device.get(device)
     host = host_labels(op, labels, layout)
     if known is not None:
         return known
     made = class_major(host)
-    moved = ClassMajor(*(x.to(device) for x in made))._replace(class_start=made.class_start)
+    moved = _moved(made, device)
     if layout is not None:
         layout.on_device[device] = moved
     return moved
+
+
+def _moved(made: ClassMajor, device: torch.device) -> ClassMajor:
+    """All index tensors but ``class_start`` on a device, by one copy."""
+    if made.order.device == device:
+        return made
+    names = [name for name in ClassMajor._fields if name != "class_start"]
+    together = sent(torch.stack([getattr(made, name).long() for name in names]), device)
+    columns = dict(zip(names, together.unbind(), strict=True))
+    return made._replace(**columns | {"is_anchor": columns["is_anchor"].bool()})
 
 
 def class_boundaries(class_start: Tensor) -> list[int]:
