@@ -1,0 +1,159 @@
+"""What the criterion asks of the host: one copy for the classes, none in a warm iteration, drawn numbers in a capture."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gcng
+from gcng.losses import GCAHNGLoss, gcahng
+from gcng.losses.n_pair import _group_anchors
+from gcng.nn import graph
+from gcng.ops.layout import ClassMajor, class_major, class_major_beside
+
+LABELS = torch.tensor([5, 5, 2, 0, 2, 0, 5, 1])
+EVEN = torch.arange(4).repeat(2)
+
+
+class Copies(TorchDispatchMode):
+    """Shapes of what is copied from the CPU to a meta tensor, which stands for one on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and out.is_meta and not args[0].is_meta:
+            self.shapes.append(tuple(out.shape))
+        return out
+
+
+class FromHost(TorchFunctionMode):
+    """Counts what makes a tensor from a list of the host, or writes a number of the host through an index."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.tensor, torch.as_tensor) and not isinstance(args[0], torch.Tensor):
+            self.calls[f"{func.__name__}({args[0]})"] += 1
+        elif func is torch.Tensor.__setitem__ and not isinstance(args[2], torch.Tensor):
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            self.calls["indexed write of a number"] += any(isinstance(x, torch.Tensor) for x in index)
+        return func(*args, **(kwargs or {}))
+
+
+def iterate(criterion, z, labels, mix, layout):
+    criterion.metric_terms(z, labels, mix=mix, layout=layout).total.backward()
+    criterion.classifier_loss(z, labels).backward()
+    criterion.generator_terms(z, labels, mix=mix, layout=layout).total.backward()
+
+
+def test_the_classes_go_to_a_device_in_one_copy_and_stay_with_the_layout():
+    layout = gcng.BatchLayout(LABELS)
+    with Copies() as copies:
+        moved = class_major_beside("test", LABELS, layout, torch.device("meta"))
+        again = class_major_beside("test", LABELS, layout, torch.device("meta"))
+    assert copies.shapes == [(8, 8)] and again is moved
+    for name, here, there in zip(ClassMajor._fields, class_major(LABELS), moved, strict=True):
+        assert there.is_meta == (name != "class_start")
+        assert there.dtype == here.dtype and there.shape == here.shape
+
+
+def test_the_columns_of_that_copy_are_the_columns(monkeypatch):
+    made = class_major(LABELS)
+    monkeypatch.setattr("gcng.ops.layout.sent", lambda x, device: x.clone())
+    moved = class_major_beside("test", LABELS, None, torch.device("meta"))
+    for name, here, there in zip(ClassMajor._fields, made, moved, strict=True):
+        assert there.dtype == here.dtype and torch.equal(there, here), name
+
+
+def test_the_classifier_asks_for_no_classes(monkeypatch):
+    monkeypatch.setattr(gcahng, "class_major_beside", None)
+    criterion = GCAHNGLoss(8, 6, singletons="error")
+    assert criterion.classifier_loss(torch.randn(8, 8), LABELS).isfinite()
+
+
+@pytest.mark.parametrize("labels", [LABELS, EVEN], ids=["ragged", "even"])
+def test_a_warm_iteration_makes_nothing_from_numbers_of_the_host(labels):
+    # Each of these is a copy from pageable memory and a wait on a GPU, and an error in the capture of a CUDA graph.
+    criterion, layout = GCAHNGLoss(8, 6), gcng.BatchLayout(labels)
+    z, most = torch.randn(8, 8, requires_grad=True), layout.samples_per_class
+    mix = torch.rand(most, most - 1)
+    iterate(criterion, z, labels, mix, layout)
+    with FromHost() as warm:
+        iterate(criterion, z, labels, mix, layout)
+    assert not +warm.calls, dict(warm.calls)
+    with FromHost() as seen:
+        labels.new_zeros(3)[torch.tensor([0, 2])] = 1
+    assert seen.calls == {"indexed write of a number": 1, "tensor([0, 2])": 1}
+
+
+def test_the_first_samples_of_all_groups_are_one_copy():
+    boundaries = (0, 3, 5, 7, 8)  # classes of 3, 2, 2 and 1
+    groups = _group_anchors(boundaries, torch.device("cpu"))
+    assert [x.tolist() for x in groups] == [[0, 3, 5], [0]]
+    assert _group_anchors((0, 1, 2), torch.device("cpu")) == ()
+    assert _group_anchors((0,), torch.device("cpu")) == ()
+    with Copies() as copies:
+        _group_anchors(boundaries, torch.device("meta"))
+        _group_anchors(boundaries, torch.device("meta"))
+    assert copies.shapes == [(4,)]
+
+
+def test_options_are_answered_from_the_host(monkeypatch):
+    """Singletons and the authors' mask are known where the labels are."""
+    strict = GCAHNGLoss(8, 6, singletons="error", official_sim_mask=True)
+    batch = class_major_beside("test", EVEN, None, torch.device("meta"))
+    assert strict._dropped_class(batch).is_meta
+    ragged = class_major_beside("test", LABELS, None, torch.device("meta"))
+    with pytest.raises(ValueError, match="same number of samples of every class, got 1 to 3"):
+        strict._dropped_class(ragged)
+    monkeypatch.setattr(gcahng, "class_major_beside", lambda *_: batch)
+    assert strict._classes("test", torch.randn(8, 8), EVEN, None) is batch
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="class 1 has one sample"):
+        strict.metric_terms(torch.randn(8, 8), LABELS)
+
+
+def test_the_authors_mask_drops_the_same_entries():
+    criterion = GCAHNGLoss(8, 6, official_sim_mask=True)
+    batch = class_major(torch.tensor([3, 3, 1, 1, 0, 0]))
+    # rank * 3 + class, over the two samples of a class
+    assert criterion._dropped_class(batch).tolist() == [0, 1, 0, 2, 1, 2]
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """As if a CUDA graph were being captured on the CPU."""
+    monkeypatch.setattr(graph, "capturing", lambda device: True)
+    monkeypatch.setattr(gcahng, "capturing", lambda device: True)
+
+
+def test_a_capture_draws_on_the_device_and_not_from_the_generator(captured):
+    criterion, generator = GCAHNGLoss(8, 6), torch.Generator().manual_seed(1)
+    state, batch = generator.get_state(), class_major(LABELS)
+    seeds = {int(criterion.graph.draw_dropout(generator).seed) for _ in range(3)}
+    mixes = [criterion._mix("test", batch, None, generator, torch.randn(8, 8)) for _ in range(2)]
+    assert len(seeds) == 3 and not torch.equal(*mixes) and mixes[0].shape == (3, 2)
+    assert torch.equal(generator.get_state(), state)
+    # What a graph-safe generator draws is a kernel on the device of the parameters and of the embeddings.
+    criterion.graph.to("meta")
+    assert criterion.graph.draw_dropout(generator).seed.is_meta
+    assert criterion._mix("test", batch, None, generator, torch.empty(8, 8, device="meta")).is_meta
+
+
+def test_outside_a_capture_the_generator_decides():
+    criterion = GCAHNGLoss(8, 6)
+    draws = []
+    for _ in range(2):
+        generator = torch.Generator().manual_seed(1)
+        mix = criterion._mix("test", class_major(LABELS), None, generator, torch.randn(8, 8))
+        draws.append((int(criterion.graph.draw_dropout(generator).seed), mix.tolist()))
+    assert draws[0] == draws[1]
