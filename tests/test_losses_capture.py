@@ -1,4 +1,4 @@
-"""What the criterion asks of the host: one copy for the classes, none in a warm iteration, drawn numbers in a capture."""
+"""What the criterion asks of the host: one copy for the classes, none when warm, numbers drawn in a capture."""
 
 from __future__ import annotations
 
