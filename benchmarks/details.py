@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from benchmarks import notes
 from benchmarks.results import setting_of
 from benchmarks.scaling import Fit, scalings
 from benchmarks.summaries import gpu_targets, ops
@@ -107,7 +108,9 @@ def stages(results: dict) -> str:
         lines += _generator_cells(one)
     header = ["setting", "provider", "op", "time", "of the iteration", "GFLOP/s", "of the GEMM rate"]
     header += ["GB/s", "of the copy rate", "of its roof"]
-    return table(header, lines) if lines else ""
+    if not lines:
+        return ""
+    return "\n\n".join(filter(None, [table(header, lines), notes.lines(results, roof_share, notes.read())]))
 
 
 def _generator_cells(one: dict) -> list[list[str]]:
@@ -121,17 +124,25 @@ def _generator_cells(one: dict) -> list[list[str]]:
 
 
 def _roof_cells(results: dict, one: dict, stage: dict) -> list[str]:
-    rate = roof(results, one)
-    if rate is None or not stage["bytes"] or stage["seconds"] <= 0:
+    reached = roof_share(results, one, stage)
+    if reached is None:
         return ["-"] * 5
-    products, copies = rate
+    products, copies = roof(results, one)
     flops, moved = stage["flops"] / stage["seconds"], stage["bytes"] / stage["seconds"]
-    reach = min(products, copies * stage["flops"] / stage["bytes"]) if stage["flops"] else 0.0
-    roof_share = f"{100 * flops / reach:.0f} %" if reach else f"{100 * moved / copies:.0f} %"
     return [
         f"{flops / 1e9:.3g}", f"{100 * flops / products:.0f} %", f"{moved / 1e9:.3g}", f"{100 * moved / copies:.0f} %",
-        roof_share,
+        f"{100 * reached:.0f} %",
     ]  # fmt: skip
+
+
+def roof_share(results: dict, one: dict, stage: dict) -> float | None:
+    """Share of the smaller of product rate and copy rate at the stage's intensity; None where there is no roof."""
+    rate = roof(results, one)
+    if rate is None or not stage["bytes"] or stage["seconds"] <= 0:
+        return None
+    products, copies = rate
+    least = max(stage["flops"] / products, stage["bytes"] / copies)
+    return least / stage["seconds"]
 
 
 def roof(results: dict, one: dict) -> tuple[float, float] | None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import compare, details, operations, plots, scaling, summaries, tables, targets
+from benchmarks import compare, details, notes, operations, plots, scaling, summaries, tables, targets
 from benchmarks.results import LISTS, Results, row_name, spread, work_of
 from benchmarks.settings import Setting
 from benchmarks.words import bytes_words, seconds_words
@@ -179,6 +181,30 @@ def test_the_roof_of_a_stage_is_made_of_the_rates_beside_it(results):
     # At 100 operations a byte the copy rate is the roof now: 5e10 operations per second.
     assert "| edges | 1.5 s | 75 % | 66.7 | 67 % | 0.667 | 133 % | 133 % |" in text
     assert plots.roofline_data(results)["roofs"] == {"N160-D512-L1": [1e11, 5e8]}
+
+
+def test_a_stage_below_half_of_its_roof_has_a_note_or_says_that_it_has_none(results, tmp_path):
+    stages = results["stages"][0]["stages"]
+    stages["edges"] |= {"seconds": 0.6}  # 83 % of the roof
+    stages["messages"] = {"seconds": 1.5, "calls": 1, "flops": 1e11, "bytes": 1e9}
+    stages["gates"] = {"seconds": 1.0, "calls": 1, "flops": 0.0, "bytes": 1e9}
+    results["stages"].append({**results["stages"][0], "provider": "gcng-no-extension"})
+    path = tmp_path / "notes.toml"
+    path.write_text('[messages]\nwhy = "One reason."\nmoves = "More of it."\n[edges]\nwhy = "a"\nmoves = "b"\n')
+    assert notes.lines(results, details.roof_share, notes.read(path)).splitlines()[2:] == [
+        "- `messages` (33 % at N160-D512-L1): One reason. What would move it: more of it.",
+        "- `gates` (10 % at N160-D512-L1): no note yet",
+    ]
+    assert "- `gates` (10 % at N160-D512-L1): no note yet" in details.documentation([("example.json", results)])
+    path.write_text('[messages]\nwhy = "One reason."\n')
+    with pytest.raises(ValueError, match=r"\[messages\] must hold why and moves"):
+        notes.read(path)
+
+
+def test_every_note_is_of_a_stage_that_exists():
+    importlib.import_module("gcng.nn")  # registers the ops
+    schemas = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("gcng::")}
+    assert set(notes.read()) <= schemas
 
 
 def test_exponents_are_those_of_the_law_that_made_the_times(results):
