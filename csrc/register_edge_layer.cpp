@@ -40,13 +40,15 @@ void edge_prologue_op(const Tensor& source, int64_t kind, const Tensor& key_quer
   });
 }
 
-void edge_hidden_op(const Tensor& h0, bool packed, const std::optional<Tensor>& stash, int64_t n, int64_t r0,
-                    int64_t r1, int64_t c0, int64_t c1, const Tensor& out, const Tensor& mean, const Tensor& rstd) {
+void edge_hidden_op(const Tensor& h0, bool packed, const std::optional<Tensor>& bias,
+                    const std::optional<Tensor>& stash, int64_t n, int64_t r0, int64_t r1, int64_t c0, int64_t c1,
+                    const Tensor& out, const Tensor& mean, const Tensor& rstd) {
   const PairTile tile = checked_tile(n, r0, r1, c0, c1);
   const int64_t h = out.size(1), pairs = tile.pairs();
   with_float_type(out, "out", [&](auto zero) {
     using T = decltype(zero);
     edge_hidden<T>(read<T>(h0, "h0", {pair_rows(tile, packed), h}), packed,
+                   bias.has_value() ? read<T>(*bias, "bias", {h}) : nullptr,
                    write_if<T>(stash, "stash", {pair_rows(tile, true), h}), tile, h,
                    write<T>(out, "out", {pairs, h}), write<T>(mean, "mean", {pairs}),
                    write<T>(rstd, "rstd", {pairs}), torch_threads());

@@ -170,6 +170,23 @@ def test_nan_goes_where_torch_puts_it(name: str) -> None:
         assert all(torch.equal(ours[key].isnan(), expected.isnan()) for key, expected in truth.items()), seed
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("stashing", (False, True), ids=("alone", "stash"))
+@pytest.mark.parametrize("tile", TILES)
+def test_the_bias_of_the_first_map_is_added_in_its_pass(tile: str, stashing: bool, dtype: torch.dtype) -> None:
+    setting = Setting(20, 33, TILES[tile], dtype)
+    draws = Draws(setting, dtype)
+    x, prepared = draws.operand(setting.pairs, 33), draws.prepared()._replace(ff1_weight=draws.operand(132, 33))
+    results = []
+    for form in (NATIVE, TORCH):
+        stash = torch.full((20 * 21 // 2, 132), torch.nan, dtype=dtype) if stashing else None
+        room = torch.full((setting.pairs, 132), torch.nan, dtype=dtype)
+        _, *rest = form.first_map(x, prepared, lambda room=room: room, None, 20, setting.tile, stash=stash)
+        results.append([*rest, *([stash] if stashing else [])])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-12 if dtype == torch.float64 else 1e-5, equal_nan=True)
+
+
 # -- the functions of csrc/gelu.h in float32 ---------------------------------------------------------------------
 
 

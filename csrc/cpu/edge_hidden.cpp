@@ -6,15 +6,19 @@
 namespace gcng {
 
 template <class T>
-void edge_hidden(const T* h0, bool packed, T* stash, const PairTile& tile, int64_t hidden_width, T* out, T* mean,
-                 T* rstd, int num_threads) {
+void edge_hidden(const T* h0, bool packed, const T* bias, T* stash, const PairTile& tile, int64_t hidden_width,
+                 T* out, T* mean, T* rstd, int num_threads) {
   const int64_t columns = tile.columns();
   parallel_for(tile.pairs(), pairs_per_block(hidden_width), num_threads, [&](int64_t begin, int64_t end) {
     for (int64_t pair = begin; pair < end; ++pair) {
       const int64_t i = pair / columns, j = pair % columns, position = tile.position(i, j);
       const T* from = h0 + (packed ? position : pair) * hidden_width;
-      if (stash && !tile.below_diagonal(i, j)) copy_row(from, hidden_width, stash + position * hidden_width);
+      T* const kept = stash && !tile.below_diagonal(i, j) ? stash + position * hidden_width : nullptr;
       T* to = out + pair * hidden_width;
+      if (bias)  // into the place that is read next: the row stays in cache
+        for_vectors<T>(hidden_width, [&](auto at, auto) { store(to, at, load(from, at) + load(bias, at)); });
+      if (bias) from = to;
+      if (kept) copy_row(from, hidden_width, kept);
       RowSum<T, 2> sum, squares;
       for_vectors<T, 2>(hidden_width, [&](auto at, auto k) {
         const Vector<T> value = gelu(load(from, at));
@@ -60,8 +64,10 @@ void edge_hidden_backward(T* grad, const T* h0, bool packed, const T* mean, cons
   add_partial_sums(memory.get(), blocks, 2 * hidden_width, hidden_width, bias);
 }
 
-template void edge_hidden(const float*, bool, float*, const PairTile&, int64_t, float*, float*, float*, int);
-template void edge_hidden(const double*, bool, double*, const PairTile&, int64_t, double*, double*, double*, int);
+template void edge_hidden(const float*, bool, const float*, float*, const PairTile&, int64_t, float*, float*, float*,
+                          int);
+template void edge_hidden(const double*, bool, const double*, double*, const PairTile&, int64_t, double*, double*,
+                          double*, int);
 template void edge_hidden_backward(float*, const float*, bool, const float*, const float*, const float*,
                                    const float*, const PairTile&, int64_t, float*, int);
 template void edge_hidden_backward(double*, const double*, bool, const double*, const double*, const double*,

@@ -52,7 +52,9 @@ void edge_prologue(const EdgeSource<T>& source, const AttentionNodes<T>& nodes, 
 // gelu of the hidden layer, its mean and 1/deviation by row.
 template <class T>
 void edge_hidden(const T* h0,            // (R S, H), or (P, H) if packed
-                 bool packed, T* stash,  // (P, H), receives h0; or null
+                 bool packed,
+                 const T* bias,          // (H,), still to be added to h0; or null
+                 T* stash,               // (P, H), receives h0, bias included; or null
                  const PairTile& tile, int64_t hidden_width, T* out,  // (R S, H), may be h0
                  T* mean, T* rstd,                                    // (R S,)
                  int num_threads);

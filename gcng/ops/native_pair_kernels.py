@@ -26,6 +26,7 @@ from gcng.ops.pair_kernels import (
     Prepared,
     TorchPairKernels,
 )
+from gcng.ops.products import Room, product
 from gcng.ops.tiles import Tile
 
 _KINDS = {PRODUCT: 0, PACKED: 1, TILE: 2}
@@ -37,7 +38,7 @@ native.define(
     "Tensor(a!) gate, Tensor(b!) weight_row, Tensor(c!) weight_column, Tensor(d!) x) -> ()"
 )
 native.define(
-    f"edge_hidden(Tensor h0, bool packed, Tensor(a!)? stash, {_TILE}, Tensor(b!) out, Tensor(c!) mean, "
+    f"edge_hidden(Tensor h0, bool packed, Tensor? bias, Tensor(a!)? stash, {_TILE}, Tensor(b!) out, Tensor(c!) mean, "
     "Tensor(d!) rstd) -> ()"
 )
 native.define(
@@ -125,8 +126,27 @@ class NativePairKernels(TorchPairKernels):
         self, h0: Tensor, out: Tensor, n: int, tile: Tile, *, packed: bool = False, stash: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         mean, rstd = (out.new_empty(out.shape[0]) for _ in range(2))
-        self._ops.edge_hidden(h0, packed, stash, n, *tile, out, mean, rstd)
+        self._ops.edge_hidden(h0, packed, None, stash, n, *tile, out, mean, rstd)
         return mean, rstd
+
+    def first_map(
+        self,
+        x: Tensor,
+        prepared: Prepared,
+        h0: Room,
+        hidden: Room | None,
+        n: int,
+        tile: Tile,
+        *,
+        stash: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if hidden is not None:
+            return super().first_map(x, prepared, h0, hidden, n, tile, stash=stash)
+        # Nobody reads h0 again, so the pass adds the bias, which addmm would write to every row of its result first.
+        out = product(x, prepared.ff1_weight.T, h0)
+        mean, rstd = (out.new_empty(out.shape[0]) for _ in range(2))
+        self._ops.edge_hidden(out, False, prepared.ff1_bias, stash, n, *tile, out, mean, rstd)
+        return out, out, mean, rstd
 
     def epilogue(
         self,

@@ -143,18 +143,21 @@ void check_hidden(Random& random, int num_threads, Outputs& outputs) {
   const PairTile tile = draw_tile(random);
   const int64_t width = draw_width(random, tile), pairs = tile.pairs(), all = packed_pairs(tile);
   const bool packed = random.integer(0, 1) == 1, keeps = random.integer(0, 1) == 1;
-  const bool in_place = !packed && random.integer(0, 1) == 1;
+  const bool in_place = !packed && random.integer(0, 1) == 1, biased = in_place && random.integer(0, 1) == 1;
+  const Buffer<T> offset = draw<T>(random, width);
   Buffer<T> h0 = draw<T>(random, (packed ? all : pairs) * width), stash(all * width), hidden(pairs * width);
   const std::vector<double> before = wide(h0);
   Buffer<T> mean(pairs), rstd(pairs), grad = draw<T>(random, pairs * width), bias = draw<T>(random, width);
   const Buffer<T> mean_grad = draw<T>(random, pairs), mean_product = draw<T>(random, pairs);
   std::vector<double> expected, expected_mean, expected_rstd, expected_grad, expected_bias = wide(bias);
   Buffer<T>& out = in_place ? h0 : hidden;
-  edge_hidden<T>(h0.data(), packed, keeps ? stash.data() : nullptr, tile, width, out.data(), mean.data(), rstd.data(),
-                 num_threads);
+  edge_hidden<T>(h0.data(), packed, biased ? offset.data() : nullptr, keeps ? stash.data() : nullptr, tile, width,
+                 out.data(), mean.data(), rstd.data(), num_threads);
   for (int64_t pair = 0; pair < pairs; ++pair) {
     const int64_t i = pair / tile.columns(), j = pair % tile.columns();
-    const std::vector<double> x = row_of(before, packed ? tile.position(i, j) : pair, width);
+    std::vector<double> x = row_of(before, packed ? tile.position(i, j) : pair, width);
+    // Rounded as the sum is stored.
+    for (int64_t d = 0; biased && d < width; ++d) x[d] = static_cast<T>(static_cast<T>(x[d]) + offset[d]);
     std::vector<double> value(x);
     std::transform(x.begin(), x.end(), value.begin(), naive_gelu);
     expected.insert(expected.end(), value.begin(), value.end());
