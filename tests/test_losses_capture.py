@@ -10,10 +10,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gcng
+from gcng import functional, reference
 from gcng.losses import GCAHNGLoss, gcahng
 from gcng.losses.n_pair import _group_anchors
 from gcng.nn import graph
+from gcng.ops.dispatch import TORCH
 from gcng.ops.layout import ClassMajor, class_major, class_major_beside
+from gcng.ops.synthesis_tiles import Synthesis, class_tensors
 
 LABELS = torch.tensor([5, 5, 2, 0, 2, 0, 5, 1])
 EVEN = torch.arange(4).repeat(2)
@@ -105,6 +108,29 @@ def test_the_first_samples_of_all_groups_are_one_copy():
         _group_anchors(boundaries, torch.device("meta"))
         _group_anchors(boundaries, torch.device("meta"))
     assert copies.shapes == [(4,)]
+
+
+def test_the_synthesis_sends_its_classes_in_one_copy_and_a_number_in_none():
+    boundaries, meta = (0, 3, 5, 7, 8), torch.device("meta")
+    with Copies() as copies:
+        sent = class_tensors(boundaries, meta)
+        Synthesis(torch.empty(8, 4, device=meta), boundaries, torch.tensor(0.5), torch.rand(3, 2), TORCH.synthesis)
+    assert copies.shapes == [(5 + 4 + 5 * 8,), (3, 2)]
+    here = class_tensors(boundaries, torch.device("cpu"))
+    assert [(x.shape, x.dtype) for x in here[:-1]] == [(x.shape, x.dtype) for x in sent[:-1]]
+    assert here.sizes == sent.sizes == (1, 2, 3)
+    assert here.positive.tolist() == [1, 2, 0, 4, 3, 6, 5, 7] and here.rank.tolist() == [0, 1, 2, 0, 1, 0, 1, 0]
+    assert here.is_anchor.tolist() == [True] * 7 + [False] and here.size_index.tolist() == [2, 2, 2, 1, 1, 1, 1, 0]
+
+
+def test_the_definition_gets_everything_on_the_device_of_the_embeddings(monkeypatch):
+    monkeypatch.setattr(reference, "synthesize_negatives", lambda *args, **named: (*args, *named.values()))
+    z, gate = torch.empty(4, 8, device="meta"), torch.empty(4, 4, 8, device="meta")
+    with gcng.reference_mode():
+        given = functional.synthesize_negatives(
+            z, torch.tensor([0, 1, 0, 1]), gate, kappa=torch.tensor(0.3), mix=torch.rand(2, 1)
+        )
+    assert len(given) == 5 and all(x.is_meta for x in given)
 
 
 def test_options_are_answered_from_the_host(monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +14,7 @@ from gcng.ops.dispatch import synthesis_kernels
 from gcng.ops.layout import class_boundaries, class_major, host_labels
 from gcng.ops.registration import compute_dtype, define_autocast, define_gradient, define_op
 from gcng.ops.synthesis_tiles import EmbeddingGradients, Side, Synthesis, Synthetic, SyntheticGradients
+from gcng.ops.transfers import kept_on_device, sent
 from gcng.ops.validation import (
     check_channels,
     check_float_matrix,
@@ -37,11 +37,10 @@ def _class_order(labels: Tensor, device: torch.device) -> tuple[Tensor, Sequence
     return layout.order.to(device), class_boundaries(layout.class_start) if labels.shape[0] else [0]
 
 
-# As for the class tensors of the synthesis: a CUDA graph captures no copy from the host.
-@functools.lru_cache(maxsize=16)
+@kept_on_device
 def _class_order_of(labels: tuple[int, ...], device: torch.device) -> tuple[Tensor, tuple[int, ...]]:
     layout = class_major(torch.tensor(labels, dtype=torch.int64))
-    return layout.order.to(device), tuple(class_boundaries(layout.class_start)) if labels else (0,)
+    return sent(layout.order, device), tuple(class_boundaries(layout.class_start)) if labels else (0,)
 
 
 class _Dense:
@@ -211,5 +210,7 @@ def synthesize_negatives(
     kappa = torch.as_tensor(kappa, dtype=torch.float64).reshape(())
     if in_reference_mode():
         check_mix(op, mix, int(torch.unique(labels, return_counts=True)[1].max()) if n else 0)
-        return reference.synthesize_negatives(embeddings, labels, gate, kappa=kappa, mix=mix)
+        device = embeddings.device
+        kappa, mix = sent(kappa, device), sent(mix, device)
+        return reference.synthesize_negatives(embeddings, sent(labels, device), gate, kappa=kappa, mix=mix)
     return _forward(embeddings, labels, gate, kappa, mix, DENSE_PAIRS)

@@ -12,7 +12,6 @@ passes, :func:`gcng.ops.dispatch.synthesis_kernels` picks by device.
 from __future__ import annotations
 
 import bisect
-import functools
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from gcng.ops.tiles import Tile
+from gcng.ops.transfers import kept_on_device, sent
 
 DISTANCE_OFFSET = 1e-6  # (15): added to every channel before the norm
 
@@ -38,24 +38,22 @@ class ClassTensors(NamedTuple):
     sizes: tuple[int, ...]  # distinct sizes of classes, ascending
 
 
-# Kept for the batches seen last: an op of a training step finds what the one before it has put on the device, and a
-# CUDA graph captures no copy from the host.
-@functools.lru_cache(maxsize=16)
+@kept_on_device
 def class_tensors(boundaries: tuple[int, ...], device: torch.device) -> ClassTensors:
     """Index tensors of the classes that start at ``boundaries``, whose last entry is N."""
-    starts = torch.tensor(boundaries, device=device, dtype=torch.int64)
+    starts = torch.tensor(boundaries, dtype=torch.int64)
     count = starts.diff()
     class_index = torch.repeat_interleave(count)
     first = starts[:-1][class_index]
-    rank = torch.arange(boundaries[-1], device=device) - first
+    rank = torch.arange(boundaries[-1]) - first
     counts = [stop - start for start, stop in zip(boundaries, boundaries[1:], strict=False)]
     sizes = sorted(set(counts))
-    size_of_class = torch.tensor([sizes.index(c) for c in counts], device=device, dtype=torch.int64)
+    size_of_class = torch.tensor([sizes.index(c) for c in counts], dtype=torch.int64)
     positive = first + (rank + 1) % count[class_index].clamp(min=1)
-    numbers = torch.arange(len(counts), device=device)
-    return ClassTensors(
-        starts, class_index, rank, positive, (count > 1)[class_index], size_of_class[class_index], numbers, tuple(sizes)
-    )
+    is_anchor, numbers = (count > 1)[class_index].long(), torch.arange(len(counts))
+    made = (starts, class_index, rank, positive, is_anchor, size_of_class[class_index], numbers)
+    moved = ClassTensors(*sent(torch.cat(made), device).split([x.shape[0] for x in made]), tuple(sizes))
+    return moved._replace(is_anchor=moved.is_anchor.bool())
 
 
 def chain_weights(mix: Tensor, classes: ClassTensors) -> Tensor:
@@ -120,14 +118,16 @@ class Synthesis:
         mix: Tensor,
         kernels: TorchSynthesisKernels,
     ) -> None:
-        self.z, self.boundaries, self.kappa, self.kernels = z, list(boundaries), kappa.to(z), kernels
+        self.z, self.boundaries, self.kernels = z, list(boundaries), kernels
+        # A number of the host reaches a GPU as an argument of a call, not by a copy.
+        self.kappa = kappa.to(z) if kappa.device == z.device else z.new_full((), kappa.item())
         counts = [stop - start for start, stop in zip(self.boundaries, self.boundaries[1:], strict=False)]
         self.counts, self.num_classes = counts, len(counts)
         self.num_anchors = sum(count for count in counts if count > 1)
         classes = class_tensors(tuple(self.boundaries), z.device)
         self.starts, self.class_index, self.rank, self.positive, self.is_anchor, *_ = classes
         self.class_numbers = classes.numbers
-        self.weights = chain_weights(mix.to(z), classes)  # (K, N)
+        self.weights = chain_weights(sent(mix, z.device, z.dtype), classes)  # (K, N)
         self.positive_distance = kernels.positive_distance(z, self.positive)
 
     @property
