@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import math
 
 import pytest
 
-from gcng.training import ConfigError, Interrupted, fit
+from gcng.training import ConfigError, DivergedError, Interrupted, fit, read_records
 from gcng.training import trainer as trainer_module
+from gcng.training.errors import RunError
 from gcng.training.runs import states_equal as equal
 from gcng.training.signals import StopOnSignal
-from tests.training_run import EPOCHS, LENGTH, config, final_state, losses, one_thread, parts
+from tests.training_run import EPOCHS, LENGTH, NoisyPoints, config, final_state, losses, one_thread, parts
 
 __all__ = ["one_thread"]  # a fixture that every test here uses
 
@@ -104,3 +107,74 @@ def test_allowed_changes_of_rates_hold_from_the_resume_on(tmp_path, policies):
     fit(changed, resume=True, stream=io.StringIO(), on_step=keep(seen), **parts())
     assert sorted(seen) == list(range(2 * LENGTH + 1, 4 * LENGTH + 1))
     assert seen == {step: expected[step] for step in seen}
+
+
+class Unreadable(NoisyPoints):
+    """After a number of batches, counted in each process, samples are damaged; without an error, not finite."""
+
+    def __init__(self, batches, error=None):
+        super().__init__()
+        # Eight samples a batch; the trainer looks at one for its shape, and at one for the extractor's.
+        self.left, self.error = 2 + 8 * batches, error
+
+    def __getitem__(self, index):
+        self.left -= 1
+        inputs, label = super().__getitem__(index)
+        if self.left >= 0:
+            return inputs, label
+        if self.error is None:
+            return inputs * math.nan, label
+        raise self.error
+
+
+def with_train(train):
+    given = parts()
+    given["data"] = dataclasses.replace(given["data"], train=train)
+    return given
+
+
+@pytest.mark.parametrize("error", [ValueError("a.jpg: broken data stream"), OSError(5, "Input/output error")])
+@pytest.mark.parametrize(("workers", "step"), [(0, 6), (1, 3)])
+def test_unreadable_sample_ends_the_run_with_one_line_and_a_checkpoint(tmp_path, workers, step, error):
+    straight, broken = (config(tmp_path / name, f"data.workers={workers}") for name in ("straight", "broken"))
+    fit(straight, stream=io.StringIO(), **parts())
+    message = rf"step {step} failed: {type(error).__name__}.*{error.args[-1]}; .*--resume"
+    with pytest.raises(RunError, match=message) as caught:
+        fit(broken, stream=io.StringIO(), **with_train(Unreadable(step - 1, error)))
+    assert type(caught.value) is RunError and caught.value.exit_code == 1 and "\n" not in str(caught.value)
+    assert final_state(broken)["progress"]["step"] == step - 1
+    assert [r["step"] for r in read_records(tmp_path / "broken" / "log.jsonl") if r["kind"] == "error"] == [step - 1]
+    fit(broken, resume=True, stream=io.StringIO(), **parts())  # once the sample is readable
+    assert equal(final_state(broken), final_state(straight))
+
+
+def test_failed_evaluation_ends_the_run_with_one_line_and_a_checkpoint(tmp_path, monkeypatch):
+    settings = ("evaluation.every=1", "evaluation.k=1", "checkpoint.keep=1")
+    straight, broken = config(tmp_path / "straight", *settings), config(tmp_path / "broken", *settings)
+    fit(straight, stream=io.StringIO(), **parts())
+
+    def fails(*_, **__):
+        raise ValueError("evaluate_retrieval: query has a NaN in row 3")
+
+    monkeypatch.setattr(trainer_module, "evaluate", fails)
+    with pytest.raises(RunError, match="the evaluation after step 4 failed: ValueError: evaluate_retrieval: query has"):
+        fit(broken, stream=io.StringIO(), **parts())
+    monkeypatch.undo()
+    fit(broken, resume=True, stream=io.StringIO(), **parts())
+    assert equal(final_state(broken), final_state(straight))
+
+
+def test_error_in_the_first_step_leaves_no_checkpoint(tmp_path):
+    settings = config(tmp_path / "run")
+    with pytest.raises(RunError, match=r"step 1 failed: ValueError: damaged$"):
+        fit(settings, stream=io.StringIO(), **with_train(Unreadable(0, ValueError("damaged"))))
+    assert fit(settings, stream=io.StringIO(), **parts()).epochs == EPOCHS
+
+
+def test_diverged_run_keeps_the_steps_before(tmp_path):
+    settings = config(tmp_path / "run", "run.nonfinite_limit=2")
+    with pytest.raises(DivergedError):
+        fit(settings, stream=io.StringIO(), **with_train(Unreadable(5)))
+    state = final_state(settings)
+    assert state["progress"]["step"] == 7 and state["progress"]["skipped"] == {"loss": 2}
+    assert fit(settings, resume=True, stream=io.StringIO(), **parts()).steps == EPOCHS * LENGTH

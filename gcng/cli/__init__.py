@@ -25,7 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Words after ``gcng``; None takes those of the process.
 
     Returns:
-        0 done, 2 wrong arguments or configuration, 3 diverged, 4 checkpoint unusable, 130 interrupted.
+        0 done, 1 a sample or a step failed, 2 wrong arguments or configuration, 3 diverged, 4 checkpoint
+        unusable, 130 interrupted.
     """
     parser = argparse.ArgumentParser(
         prog="gcng",

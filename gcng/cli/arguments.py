@@ -10,7 +10,8 @@ EPILOG_TRAIN = """\
 settings: any key of the configuration, as --SECTION.KEY VALUE or --set SECTION.KEY=VALUE; later layers win:
   defaults < --recipe < CONFIG file < settings given here
 
-exit codes: 0 done, 2 wrong configuration, 3 diverged, 4 checkpoint unusable, 130 interrupted after saving
+exit codes: 0 done, 1 a sample or a step failed, 2 wrong configuration, 3 diverged, 4 checkpoint unusable,
+  130 interrupted after saving
 
 keys:
 """

@@ -31,6 +31,11 @@ class Progress:
     sums: dict[str, Tensor | float] = dataclasses.field(default_factory=dict)
     counted: int = 0
 
+    @property
+    def applied(self) -> int:
+        """Steps that changed something: all but the skipped ones."""
+        return self.step - sum(self.skipped.values())
+
     def count(self, terms: StepTerms) -> None:
         """Count one iteration. The sums stay on the device; nothing waits for it."""
         self.step += 1

@@ -1,7 +1,7 @@
 """What a run writes while it goes on: the JSON-lines log, the progress bar, TensorBoard scalars.
 
 Owns the log format: one JSON object a line, with ``kind`` (``start``, ``step``, ``epoch``, ``evaluation``,
-``skipped``, ``warning``, ``checkpoint``, ``end``) and ``step``. No failure to write a record ends a run.
+``skipped``, ``warning``, ``error``, ``checkpoint``, ``end``) and ``step``. No failure to write a record ends a run.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ Owns the order of things in a run and its state. What a step computes is in ``st
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 import warnings
@@ -22,7 +23,7 @@ from gcng.training.config import Config
 from gcng.training.config_io import as_nested, changed_keys, check_best_metric, config_hash
 from gcng.training.datasets import RunData, build_data, make_criterion, make_extractor, make_loader
 from gcng.training.embedding import evaluate
-from gcng.training.errors import CheckpointError, ConfigError, DivergedError, Interrupted
+from gcng.training.errors import CheckpointError, ConfigError, DivergedError, Interrupted, RunError
 from gcng.training.optimization import FrozenParts, build_optimizers, build_schedulers, choose_device
 from gcng.training.progress import Progress
 from gcng.training.random_state import capture_random_state, restore_random_state
@@ -238,9 +239,11 @@ class Trainer:
             Interrupted: After a signal; the state is saved.
             DivergedError: Too many skipped steps in a row; the parameters were not touched by them.
             CheckpointError: The last checkpoint of the run could not be written.
+            RunError: A sample, an evaluation or a step failed. The state before it is saved, as it is where the
+                run diverged, if this call has changed it.
         """
         began = time.monotonic()
-        with StopOnSignal() as stop:
+        with StopOnSignal() as stop, self._saved_on_errors(report):
             while self.epoch < self.config.schedule.epochs:
                 # The loader is one epoch ahead where a checkpoint was written during the evaluation.
                 if self.loader.epoch == self.epoch:
@@ -257,6 +260,27 @@ class Trainer:
             best_checkpoint=None if best is None else str(best),
             seconds=round(time.monotonic() - began, 3),
         )
+
+    @contextlib.contextmanager
+    def _saved_on_errors(self, report: RunReport) -> Iterator[None]:
+        """Save what this call has trained before an error leaves it; errors of data and steps become RunErrors."""
+        applied = self.progress.applied
+        try:
+            yield
+        except CheckpointError:
+            raise
+        except (ValueError, OSError, RuntimeError) as error:
+            trained = self.progress.applied > applied
+            if trained:
+                self._save_or_warn(report)
+            if isinstance(error, RunError):
+                raise
+            in_epoch = self.loader.epoch == self.epoch
+            what = f"step {self.step + 1}" if in_epoch else f"the evaluation after step {self.step}"
+            text = f"{what} failed: {_last_line(error)}"
+            report.event("error", self.step, text=text)
+            advice = "; the state before it is saved, continue with --resume" if trained else ""
+            raise RunError(text + advice) from error
 
     def _train_epoch(self, report: RunReport, stop: StopOnSignal) -> None:
         self.frozen.begin_epoch(self.epoch)
@@ -367,3 +391,11 @@ class Trainer:
 
 def _named(used: Optimizers) -> list[tuple[str, torch.optim.Optimizer]]:
     return [("extractor", used.extractor), ("graph", used.graph), ("classifier", used.classifier)]
+
+
+def _last_line(error: Exception) -> str:
+    """What an error says, without the traceback that a loader process puts before it."""
+    lines = str(error).strip().splitlines()
+    if "Traceback" in str(error):
+        return lines[-1]
+    return f"{type(error).__name__}: {' '.join(lines)}"
