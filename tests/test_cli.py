@@ -111,6 +111,7 @@ def test_help_names_the_commands_that_exist_and_every_key(capsys):
         (["nonsense"], "invalid choice: 'nonsense'"),
         (["train", "--nonsense"], "unrecognized arguments: --nonsense"),
         (["train", "--loss.alhpa", "4"], "unknown key 'loss.alhpa'; did you mean 'loss.alpha'?"),
+        (["train", "--resume", "run.toml"], "came before CONFIG and took it for a checkpoint; write gcng train"),
         (["train", "--loss.alpha"], "--loss.alpha needs a value"),
         (["train", "--loss.alpha=x"], "loss.alpha must be a number, got 'x'"),
         (["train", "--set", "loss.alpha=nan"], "loss.alpha must be finite, got nan"),

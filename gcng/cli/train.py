@@ -8,11 +8,15 @@ import dataclasses
 from gcng.cli.output import note, print_result
 from gcng.cli.settings import all_overrides
 from gcng.training.config_io import as_nested, load_config, to_toml
-from gcng.training.errors import EXIT_DONE
+from gcng.training.errors import EXIT_DONE, ConfigError
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Check the configuration, then train, or run one step of everything."""
+    if arguments.config is None and str(arguments.resume).endswith(".toml"):
+        raise ConfigError(
+            f"--resume came before CONFIG and took it for a checkpoint; write gcng train {arguments.resume} --resume"
+        )
     config = load_config(arguments.config, recipe=arguments.recipe, overrides=all_overrides(arguments))
     if arguments.show_config:
         if arguments.json:
