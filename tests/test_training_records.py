@@ -51,6 +51,18 @@ def test_cut_last_line_costs_one_record_and_no_later_one(tmp_path, cut):
     assert [record["step"] for record in read_records(path)] == [*whole, 7]
 
 
+def test_steps_that_a_resume_did_again_are_read_once(tmp_path):
+    log = RecordLog(tmp_path / "log.jsonl")
+    runs = ((0, (1, 2, 3, 4)), (2, (3, 4, 5)), (5, (6,)), (4, (5, 6, 7)))  # saved step, steps until the kill
+    for attempt, (saved, steps) in enumerate(runs):
+        log.write("start", saved)
+        for step in steps:
+            log.write("step", step, attempt=attempt)
+    log.close()
+    read = [(record["step"], record["attempt"]) for record in read_records(log.path) if record["kind"] == "step"]
+    assert read == [(1, 0), (2, 0), (3, 1), (4, 1), (5, 3), (6, 3), (7, 3)]
+
+
 def test_log_on_a_full_disk_warns_once_and_goes_on(tmp_path, capsys):
     log = RecordLog(tmp_path / "log.jsonl")
     log._file.close()

@@ -72,16 +72,23 @@ def json_ready(value: Any) -> Any:
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """Records of a log, in order. Lines that a kill cut short are left out; the others are all there."""
-    records = []
+    """Records of a log, in order, each step once.
+
+    Where a run was killed and resumed from an earlier checkpoint, the file holds the steps between the two twice; what
+    came before a ``start`` and lies beyond its step is left out, as are lines that a kill cut short.
+    """
+    records: list[dict[str, Any]] = []
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
                 record = json.loads(line)
             except ValueError:
                 continue
-            if isinstance(record, dict):
-                records.append(record)
+            if not isinstance(record, dict):
+                continue
+            if record.get("kind") == "start":
+                records = [earlier for earlier in records if earlier.get("step", 0) <= record.get("step", 0)]
+            records.append(record)
     return records
 
 
