@@ -441,3 +441,14 @@ def test_heads_by_kind() -> None:
     assert isinstance(make_head(3, 4), nn.Linear)
     with pytest.raises(ValueError, match="head must be one of linear, norm_linear, got 'deep'"):
         make_head(3, 4, "deep")
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_check_extractor_keeps_the_mode_of_every_part(training: bool) -> None:
+    network = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5)))
+    network.train(training)
+    network[1].eval()
+    network[2].train()
+    before = [module.training for module in network.modules()]
+    check_extractor(network, torch.rand(2, 6), 5)
+    assert [module.training for module in network.modules()] == before

@@ -217,13 +217,14 @@ def check_extractor(extractor: nn.Module, inputs: Tensor, embedding_size: int) -
     Raises:
         TypeError, ValueError: what came and what is wanted.
     """
-    training = extractor.training
+    modes = [(module, module.training) for module in extractor.modules()]
     extractor.eval()
     try:
         with torch.no_grad():
             outputs = extractor(inputs)
     finally:
-        extractor.train(training)
+        for module, mode in modes:  # extractor.train() would thaw the parts that the caller keeps in eval()
+            module.training = mode
     name = type(extractor).__name__
     if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
         came = f"{outputs.dtype} tensor" if isinstance(outputs, Tensor) else type(outputs).__name__
