@@ -178,3 +178,21 @@ def test_diverged_run_keeps_the_steps_before(tmp_path):
     state = final_state(settings)
     assert state["progress"]["step"] == 7 and state["progress"]["skipped"] == {"loss": 2}
     assert fit(settings, resume=True, stream=io.StringIO(), **parts()).steps == EPOCHS * LENGTH
+
+
+def test_resume_fetches_no_published_weights(tmp_path, monkeypatch):
+    settings = config(tmp_path / "run", "model.pretrained=true", "schedule.epochs=1")
+    asked = []
+
+    def make_extractor(model, *, in_channels, pretrained):
+        asked.append(model.pretrained if pretrained is None else pretrained)
+        return parts()["extractor"]
+
+    monkeypatch.setattr(trainer_module, "make_extractor", make_extractor)
+    data = parts()["data"]
+    fit(settings, resume=True, stream=io.StringIO(), data=data)  # nothing to resume from yet
+    fit(settings, resume=True, stream=io.StringIO(), data=data)
+    elsewhere = config(tmp_path / "other", "model.pretrained=true", "schedule.epochs=1")
+    newest = tmp_path / "run" / "checkpoints" / f"step-{LENGTH:09d}.pt"
+    fit(elsewhere, resume=newest, stream=io.StringIO(), data=data)
+    assert asked == [True, False, False]

@@ -44,11 +44,14 @@ def fit(config: Config, *, resume: bool | str | Path = False, stream: TextIO | N
         >>> result.best["recall_at_1"]
     """
     folder = Path(config.run.output)
-    if resume is False and CheckpointFolder(folder / "checkpoints").files():
+    used = bool(CheckpointFolder(folder / "checkpoints").files())
+    if resume is False and used:
         raise ConfigError(f"run.output: {folder} already holds checkpoints; resume, or choose another folder")
     report = RunReport(config, stream=stream)
     try:
-        trainer = Trainer(config, **parts)
+        # Weights that a checkpoint is about to replace are not fetched: a resume works offline.
+        pretrained = False if used or resume not in (False, True) else None
+        trainer = Trainer(config, pretrained=pretrained, **parts)
         loaded = trainer.resume(None if resume is True else resume) if resume else None
         for problem in loaded.problems if loaded is not None else ():
             report.warning(trainer.step, f"{problem}; going on from {loaded.path.name}")
@@ -87,7 +90,7 @@ def dry_run(config: Config, *, stream: TextIO | None = None, **parts: Any) -> di
                 limit = 2 * config.evaluation.batch_size
                 metrics = evaluate(config, trainer.extractor, trainer.data, device=trainer.device, limit=limit)
             path = trainer.save()
-            again = Trainer(config, **parts)
+            again = Trainer(config, pretrained=False, **parts)
             again.resume(path)
             if not states_equal(trainer.state_dict(), again.state_dict()):
                 raise CheckpointError("the state that was loaded differs from the one that was saved")

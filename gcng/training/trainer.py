@@ -63,6 +63,7 @@ class Trainer:
         data: Data sets; None builds ``config.data``.
         criterion: None builds ``config.loss``.
         on_step: Called after each step with (trainer, terms); for logging of one's own.
+        pretrained: Replaces ``config.model.pretrained`` where given: False where a checkpoint follows.
 
     Raises:
         ConfigError: Something the configuration asks for does not exist or does not fit.
@@ -79,6 +80,7 @@ class Trainer:
         data: RunData | None = None,
         criterion: nn.Module | None = None,
         on_step: Callable[[Trainer, StepTerms], None] | None = None,
+        pretrained: bool | None = None,
     ) -> None:
         self.config = config
         if config.evaluation.every and (data is None or data.test is not None):
@@ -88,7 +90,7 @@ class Trainer:
         self.data = build_data(config.data) if data is None else data
         self.in_channels = self.data.in_channels()
         if extractor is None:
-            extractor = make_extractor(config.model, in_channels=self.in_channels)
+            extractor = make_extractor(config.model, in_channels=self.in_channels, pretrained=pretrained)
         if criterion is None:
             criterion = make_criterion(config, self.data.num_classes)
         self.extractor, self.criterion = extractor.to(self.device), criterion.to(self.device)
