@@ -174,15 +174,19 @@ def plan_memory(
     samples_per_class: int = 2,
     dtype: str = "float32",
     device: str = "cpu",
+    operand: str | None = None,
     budget: int,
 ) -> MemoryEstimate:
     """Choose what to keep: the fastest plan whose predicted peak fits the budget.
+
+    ``operand``: dtype that products read and stashes hold, where it is not the device's usual one for ``dtype``.
 
     Raises:
         MemoryError: not even recomputing everything fits; names the terms and what to change.
     """
     n, d = num_samples, embedding_size
     item = ItemSizes.of(dtype, device)
+    item = item if operand is None else ItemSizes(item.wide, ITEM_SIZES[operand])
     pairs = tile_pairs(n, d, item, budget, device)
     # In the order of matrix products saved: hidden 16, edges 36, the small ones 8 units of D^2 for a pair and layer.
     choices = ((True, True, True), (True, True, False), (True, False, True), (True, False, False), (False,) * 3)

@@ -13,8 +13,9 @@ import gcng
 from gcng import functional, reference
 from gcng.losses import GCAHNGLoss, gcahng
 from gcng.losses.n_pair import _group_anchors
+from gcng.memory import plan_memory
 from gcng.nn import graph
-from gcng.ops.dispatch import TORCH
+from gcng.ops.dispatch import TORCH, TRITON, forced_kernels
 from gcng.ops.layout import ClassMajor, class_major, class_major_beside
 from gcng.ops.synthesis_tiles import Synthesis, class_tensors
 
@@ -183,3 +184,36 @@ def test_outside_a_capture_the_generator_decides():
         mix = criterion._mix("test", class_major(LABELS), None, generator, torch.randn(8, 8))
         draws.append((int(criterion.graph.draw_dropout(generator).seed), mix.tolist()))
     assert draws[0] == draws[1]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_plan_counts_the_operands_of_the_passes_that_run(autocast):
+    """Without Triton a GPU stashes 16-bit edges in 32 bits: the plan of 16 bits would take twice the budget."""
+    z = torch.empty(512, 64, dtype=torch.float32 if autocast else torch.bfloat16)
+    narrow, wide = (
+        plan_memory(512, 64, 1, dtype="bfloat16", operand=operand, budget=2**40) for operand in ("bfloat16", "float32")
+    )
+    assert narrow.terms["hidden"] == wide.terms["hidden"] // 2 == 5 * (512 * 513 // 2) * 64 * 2
+    budget = wide.terms["hidden"] + wide.terms["edges"]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        with forced_kernels(*TRITON):
+            assert graph.memory_plan(z, 1, budget).stash_hidden
+        with forced_kernels(*TORCH):
+            assert not graph.memory_plan(z, 1, budget).stash_hidden
+
+
+def test_the_default_budget_of_a_gpu_counts_the_cache_and_stays_while_a_graph_is_captured(monkeypatch):
+    device, state = torch.device("cuda", 7), {"capturing": False, "free": 80, "reserved": 0, "allocated": 0}
+    monkeypatch.setattr(graph, "_last_gpu_budget", {})
+    monkeypatch.setattr(graph, "capturing", lambda device: state["capturing"])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (state["free"], 100))
+    for name in ("reserved", "allocated"):
+        monkeypatch.setattr(torch.cuda, f"memory_{name}", lambda device, name=name: state[name])
+    assert graph._gpu_budget(device) == 40
+    state |= {"free": 20, "reserved": 60}  # what the first iteration used lies in the cache
+    assert graph._gpu_budget(device) == 40
+    state |= {"allocated": 30}
+    assert graph._gpu_budget(device) == 25
+    state |= {"capturing": True, "free": 2}
+    assert graph._gpu_budget(device) == 25  # the plan of the warm-up, whose kernels are compiled
+    assert graph._gpu_budget(torch.device("cuda", 3)) == (2 + 60 - 30) // 2

@@ -15,6 +15,7 @@ from gcng.mode import in_reference_mode
 from gcng.nn.field import DenseEdges, DropoutState, EdgeField, GateParameters
 from gcng.nn.layers import EdgeLayer, NodeLayer
 from gcng.ops.correlation import center_normalize
+from gcng.ops.dispatch import operand_dtype
 from gcng.ops.layout import ClassMajor, class_major_beside
 from gcng.ops.transfers import capturing, sent
 from gcng.ops.validation import check_channels, check_float_matrix, check_labels, check_same_dtype
@@ -178,15 +179,29 @@ class CorrelationGraph(nn.Module):
 def memory_plan(embeddings: Tensor, num_layers: int, budget: int | None) -> MemoryPlan:
     """What the ops on a batch like ``embeddings`` (N, D) keep within ``budget`` bytes; None is the device's default."""
     n, width = embeddings.shape
-    if budget is None and embeddings.is_cuda:
-        budget = torch.cuda.mem_get_info(embeddings.device)[0] // 2
-    elif budget is None:
-        budget = default_budget(available_memory())
+    if budget is None:
+        budget = _gpu_budget(embeddings.device) if embeddings.is_cuda else default_budget(available_memory())
     dtype, device = embeddings.dtype, embeddings.device.type
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-    name = str(dtype).removeprefix("torch.")
-    return plan_memory(max(n, 1), width, num_layers, dtype=name, device=device, budget=budget).plan
+    # Asked of the passes that will run: without Triton a GPU holds 16-bit operands in 32 bits.
+    held = operand_dtype(embeddings.new_empty((), dtype=dtype))
+    name, operand = (str(kind).removeprefix("torch.") for kind in (dtype, held))
+    return plan_memory(max(n, 1), width, num_layers, dtype=name, device=device, operand=operand, budget=budget).plan
+
+
+_last_gpu_budget: dict[torch.device, int] = {}
+
+
+def _gpu_budget(device: torch.device) -> int:
+    """Half of what is free on a GPU, with what torch has in its cache.
+
+    While a CUDA graph is captured: what the call before had, so that the warm-up and the capture follow one plan.
+    """
+    if not (capturing(device) and device in _last_gpu_budget):
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        _last_gpu_budget[device] = (torch.cuda.mem_get_info(device)[0] + cached) // 2
+    return _last_gpu_budget[device]
 
 
 _NODE_NAMES = {
