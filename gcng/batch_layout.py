@@ -42,7 +42,8 @@ class BatchLayout:
             raise ValueError(f"BatchLayout: labels has shape {tuple(values.shape)}; expected (N,)")
         if values.numel() and (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool):
             raise TypeError(f"BatchLayout: labels has dtype {values.dtype}; use an integer dtype")
-        self.labels = values.long().clone()
+        with torch.inference_mode(False):  # what is kept here serves evaluation and training
+            self.labels = values.long().clone()
         counts: dict[int, int] = {}
         for label in self.labels.tolist():
             counts[label] = counts.get(label, 0) + 1

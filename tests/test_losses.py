@@ -259,6 +259,27 @@ def test_layout_of_the_sampler() -> None:
     assert torch.equal(criterion.metric_terms(z, y.int(), mix=mix, layout=layout).n_pair, a.n_pair)
 
 
+def test_layout_of_an_evaluation_serves_a_training() -> None:
+    # Classes of no other test: what is kept for them is made here, in inference mode.
+    criterion, (z, y, mix) = make_criterion(), batch_of([6, 6, 6, 1, 6, 1, 6, 3, 3, 0, 3])
+    with torch.inference_mode():
+        layouts = [gcng.BatchLayout(y.clone()), gcng.BatchLayout(y.tolist())]
+    layouts.append(gcng.BatchLayout(y))
+    for layout in layouts:
+        with torch.inference_mode():
+            criterion.metric_terms(z, y, mix=mix, layout=layout)
+        x = z.clone().requires_grad_()
+        criterion.metric_terms(x, y, mix=mix, layout=layout).total.backward()
+        criterion.generator_terms(x, y, mix=mix, layout=layout).total.backward()
+        assert x.grad.isfinite().all() and x.grad.abs().sum() > 0
+    gate = torch.rand(len(y), len(y), D, dtype=torch.float64, requires_grad=True)
+    with torch.inference_mode():
+        synthesized = gcng.functional.synthesize_negatives(z, y, gate, kappa=0.5, mix=mix, layout=layout)
+    again = gcng.functional.synthesize_negatives(z, y, gate, kappa=0.5, mix=mix, layout=layout)
+    again.sum().backward()
+    assert torch.equal(again, synthesized) and gate.grad.isfinite().all()
+
+
 def test_parameter_groups() -> None:
     criterion = gcng.losses.GCAHNGLoss(D, C)
     graph, classifier = criterion.parameter_groups(graph_lr=0.1, classifier_lr=0.2)

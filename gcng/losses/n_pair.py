@@ -34,5 +34,6 @@ def _group_anchors(boundaries: tuple[int, ...], device: torch.device) -> tuple[T
         [start for start, count in zip(boundaries, counts, strict=False) if count > k]
         for k in range(1, max(counts, default=0))
     ]
-    together = torch.tensor([start for first in firsts for start in first], dtype=torch.int64)
-    return sent(together, device).split([len(first) for first in firsts]) if firsts else ()
+    with torch.inference_mode(False):  # an evaluation may be the first to ask, and a training saves these
+        together = torch.tensor([start for first in firsts for start in first], dtype=torch.int64)
+        return sent(together, device).split([len(first) for first in firsts]) if firsts else ()

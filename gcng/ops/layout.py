@@ -93,10 +93,11 @@ def class_major_beside(op: str, labels: Tensor, layout: BatchLayout | None, devi
     host = host_labels(op, labels, layout)
     if known is not None:
         return known
-    made = class_major(host)
-    moved = _moved(made, device)
-    if layout is not None:
-        layout.on_device[device] = moved
+    if layout is None:
+        return _moved(class_major(host), device)
+    with torch.inference_mode(False):  # an evaluation may be the first to ask, and a training would save these
+        moved = _moved(class_major(host), device)
+    layout.on_device[device] = moved
     return moved
 
 
