@@ -274,8 +274,8 @@ def test_layout_of_an_evaluation_serves_a_training() -> None:
         assert x.grad.isfinite().all() and x.grad.abs().sum() > 0
     gate = torch.rand(len(y), len(y), D, dtype=torch.float64, requires_grad=True)
     with torch.inference_mode():
-        synthesized = gcng.functional.synthesize_negatives(z, y, gate, kappa=0.5, mix=mix, layout=layout)
-    again = gcng.functional.synthesize_negatives(z, y, gate, kappa=0.5, mix=mix, layout=layout)
+        synthesized = gcng.functional.synthesize_negatives(z, y, gate, kappa=0.5, mix=mix, layout=layouts[0])
+    again = gcng.functional.synthesize_negatives(z, y, gate, kappa=0.5, mix=mix, layout=layouts[0])
     again.sum().backward()
     assert torch.equal(again, synthesized) and gate.grad.isfinite().all()
 
