@@ -3,6 +3,7 @@
     python -m benchmarks.checks repeats --results FILE --device cuda     # 250 times the same bits, on two shapes
     python -m benchmarks.checks once --device cuda                       # every op once: what a sanitizer runs
     python -m benchmarks.checks record PART CODE LOG --results FILE      # exit code and log of another program
+    python -m benchmarks.checks join PART --results FILE                 # one entry of those named PART-...
 
 Each writes one entry of `checks` in the results file: passed, failed, or not run with the reason.
 """
@@ -26,6 +27,8 @@ from tests.run_case import equal_bits
 REPEATS, SMOKE_REPEATS = 250, 3
 SHAPES = (Setting(1, 512, 256), Setting(1, 256, 1024))
 SANITIZED = Setting(1, 64, 48)
+OUT_OF_TIME = (124, 137)  # of timeout, by the first signal and by the last
+WORST = ("failed", "not run", "passed")
 NOT_RUN = ("Device not supported", "command not found", "No such file or directory")
 CLEAN = (r"ERROR SUMMARY: 0 errors", r"RACECHECK SUMMARY: 0 hazards displayed \(0 errors, 0 warnings\)")
 
@@ -75,8 +78,14 @@ def judged(part: str, code: int, log: str) -> dict:
     for reason in NOT_RUN:
         if reason in log and not re.search(r"\d+ passed", log):
             return {"status": "not run", "details": reason}
-    if code == 124:
-        return {"status": "not run", "details": "ran out of the time that the suite gives it"}
+    if code in OUT_OF_TIME:
+        words = "ran out of the time that the suite gives it"
+        if not part.startswith(("tests", "long")):
+            return {"status": "not run", "details": words}
+        marks = "".join(re.findall(r"^([.sxXFE]+)(?: +\[ *\d+%\])?$", log, re.MULTILINE))
+        wrong, right = marks.count("F") + marks.count("E"), marks.count(".")
+        words = f"{wrong} failed, {right} passed, then {words}"
+        return {"status": "failed" if wrong else "not run", "details": words}
     if part.startswith("sanitizer"):
         clean = any(re.search(pattern, log) for pattern in CLEAN)
         lines = [line.strip("= ") for line in log.splitlines() if "SUMMARY" in line]
@@ -87,6 +96,15 @@ def judged(part: str, code: int, log: str) -> dict:
     if code == 0 and re.search(r"\d+ skipped", words) and "passed" not in words:
         return {"status": "not run", "details": words}
     return {"status": "passed" if code == 0 else "failed", "details": words}
+
+
+def joined(results: Results, part: str) -> dict:
+    """The entries whose names begin with a part's as one: the worst status, and what each says."""
+    entries = [one for one in results.data["checks"] if one["part"].startswith(f"{part}-")]
+    if not entries:
+        return {"status": "not run", "details": "nothing of it was run"}
+    words = [f"{one['part'].removeprefix(f'{part}-')}: {one['status']}, {one['details']}" for one in entries]
+    return {"status": min((one["status"] for one in entries), key=WORST.index), "details": "; ".join(words)}
 
 
 def store(results: Results, part: str, entry: dict) -> None:
@@ -109,17 +127,21 @@ def main(arguments: list[str] | None = None) -> int:
     record.add_argument("part")
     record.add_argument("code", type=int)
     record.add_argument("log", type=Path)
+    actions.add_parser("join").add_argument("part")
     options = parser.parse_args(arguments)
     if options.action == "once":
         bad = once(options.device, smoke=options.smoke)
         print("not finite: " + ", ".join(bad) if bad else "every result is finite")
         return 1 if bad else 0
+    results = Results.open(options.results, options.device)
     if options.action == "repeats":
         part, entry = "repeats", repeats(options.device, smoke=options.smoke)
+    elif options.action == "join":
+        part, entry = options.part, joined(results, options.part)
     else:
         part = options.part
         entry = judged(part, options.code, options.log.read_text(encoding="utf-8", errors="replace"))
-    store(Results.open(options.results, options.device), part, entry)
+    store(results, part, entry)
     print(f"{part}: {entry['status']}: {entry['details']}")
     return 1 if entry["status"] == "failed" else 0
 

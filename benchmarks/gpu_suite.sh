@@ -13,16 +13,18 @@
 set -uo pipefail
 
 PARTS=(build tests repeats sanitizer-memcheck sanitizer-racecheck rates first targets stages overhead wall ops accuracy
-  sweeps scaling)
+  sweeps scaling long)
 DESCRIPTIONS=(
   "install in place and compile the extension" "GPU tests: correctness of all kernels" "250 repeats bit for bit, two shapes"
   "compute-sanitizer memcheck, every op" "compute-sanitizer racecheck, every op" "product and copy rates of the card"
   "one iteration, N = 1024" "the table of targets" "time by op, roofline, share of the product rate"
   "cost of a call, CUDA graph" "the wall: dense forms beside gcng" "every op beside its peers"
-  "error against float64 by dtype" "launch tables, panel sizes, time by kernel" "exponents over D, L, K")
+  "error against float64 by dtype" "launch tables, panel sizes, time by kernel" "exponents over D, L, K"
+  "250 runs of every pass over a tile bit for bit")
 # Seconds that a part may take; together more than the whole, since most need less.
-declare -A LIMIT=([build]=150 [tests]=150 [repeats]=60 [sanitizer-memcheck]=60 [sanitizer-racecheck]=60 [rates]=30
-  [first]=60 [targets]=120 [stages]=60 [overhead]=60 [wall]=120 [ops]=120 [accuracy]=60 [sweeps]=90 [scaling]=90)
+declare -A LIMIT=([build]=150 [tests]=240 [repeats]=60 [sanitizer-memcheck]=60 [sanitizer-racecheck]=60 [rates]=30
+  [first]=60 [targets]=120 [stages]=60 [overhead]=60 [wall]=120 [ops]=120 [accuracy]=60 [sweeps]=90 [scaling]=90
+  [long]=240)
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
@@ -50,18 +52,18 @@ folder=$(cd "$folder" && pwd)
 cd "$root" || exit 1
 log=$folder/gpu-suite.log
 scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
+link=
+trap 'rm -rf "$scratch"; [[ -z $link ]] || rm -f "$link"' EXIT
 small=() && ((dry)) && small=(--smoke)
 failed=()
 
 say() { echo "$(date +%H:%M:%S) $*" | tee -a "$log"; }
 
-# gcng.kernels lies beside gcng/: without an installation a folder of links makes one package of both.
+# gcng.kernels lies beside gcng/: without an installation a link makes one package of both for as long as this runs. It
+# has to lie in gcng/ itself, which python -m and pytest look into before anything in PYTHONPATH.
 link_checkout() {
-  mkdir -p "$scratch/site/gcng"
-  ln -sfn "$root"/gcng/* "$scratch/site/gcng/"
-  ln -sfn "$root/kernels" "$scratch/site/gcng/kernels"
-  export PYTHONPATH=$scratch/site:$root${PYTHONPATH:+:$PYTHONPATH}
+  ln -s ../kernels "$root/gcng/kernels" && link=$root/gcng/kernels
+  export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 }
 
 use_checkout() {
@@ -71,7 +73,7 @@ use_checkout() {
     "$python" -c "$probe" "$root/" 2>/dev/null && { say "installed in place"; return; }
   fi
   link_checkout
-  "$python" -c "$probe" "$root/" && { say "not installed: a folder of links stands in"; return; }
+  "$python" -c "$probe" "$root/" && { say "not installed: a link to kernels/ stands in"; return; }
   say "gcng of this checkout cannot be imported by $python"
   exit 1
 }
@@ -80,12 +82,12 @@ results_name() {
   "$python" -c 'import sys; from benchmarks import machine as m; print(m.file_name(m.machine(sys.argv[1])))' "$device"
 }
 
-# run PART COMMAND...: bounded in time, its output in the log and in $scratch/PART.
+# run PART COMMAND...: bounded in time, its output in the log and in $scratch/PART. ${signal} ends it.
 run() {
   local part=$1
   shift
   echo "\$ $*" >>"$log"
-  timeout --kill-after=10 "$(bound "$part")" "$@" >"$scratch/$part" 2>&1
+  timeout --signal="${signal:-TERM}" --kill-after=10 "$(bound "$part")" "$@" >"$scratch/$part" 2>&1
   local code=$?
   cat "$scratch/$part" >>"$log"
   return $code
@@ -125,12 +127,34 @@ part_build() {
   record build $?
 }
 
-part_tests() {
-  local files
-  mapfile -t files < <(grep -lE 'mark\.gpu' tests/test_*.py)
-  run tests "$python" -m pytest "${files[@]}" -q -m gpu -p no:cacheprovider -o timeout=120
-  record tests $?
+# tested PART MARK OPTION...: an entry for each file that has tests of a mark, so that what was finished counts; the file
+# that compiles most comes last. An interrupt lets pytest say what had failed by then.
+tested() {
+  local part=$1 mark=$2 file name workers most signal=INT until=$((SECONDS + LIMIT[$1]))
+  shift 2
+  for file in $(grep -lE "mark\.$mark" tests/test_gpu_*.py | grep -v gpu_pairs) tests/test_gpu_pairs.py; do
+    name=$part-$(basename "$file" .py)
+    is_done "$name" && continue
+    most=$((until - SECONDS)) workers=()
+    if ((most < 10)); then
+      : >"$scratch/$name"
+      record "$name" 124
+      continue
+    fi
+    # Two at a time where the dense definition needs most of a card's memory.
+    [[ $file == *iteration* ]] && workers=(-n 2) || workers=(-n 8)
+    { ((dry)) || ! "$python" -c 'import xdist' 2>/dev/null; } && workers=()
+    # Only here: torch warns without it under deterministic algorithms, and products are slower with it.
+    CUBLAS_WORKSPACE_CONFIG=:4096:8 run "$name" "$python" -m pytest "$file" "${workers[@]}" -q -p no:cacheprovider \
+      -o timeout=120 --maxfail=20 "$@"
+    record "$name" $?
+  done
+  check join "$part" | tee "$scratch/$part"
+  return "${PIPESTATUS[0]}"
 }
+
+part_tests() { tested tests gpu -m gpu; }
+part_long() { tested long long -m 'gpu and long' --long; }
 
 part_repeats() {
   run repeats "$python" -m benchmarks.checks --results "$results" --device "$device" "${small[@]}" repeats
@@ -146,6 +170,8 @@ sanitized() {
     run "$part" "$python" -m benchmarks.checks --device cpu --smoke once || return 1
     echo "command not found: compute-sanitizer is not started by --dry-run" >>"$scratch/$part"
   else
+    # Without the sanitizer first: compiled under it, the kernels alone would take all of its time.
+    run "$part" "$python" -m benchmarks.checks --device cuda once
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 run "$part" compute-sanitizer "$@" "$python" -m benchmarks.checks --device cuda once
   fi
   record "$part" $?

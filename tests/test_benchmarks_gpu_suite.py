@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks import checks, operations, plan, sweeps
+from benchmarks.results import Results
 from benchmarks.settings import Setting
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,7 +36,10 @@ def test_a_dry_run_goes_through_every_part_and_a_second_one_skips_what_is_done(t
     status = {one["part"]: one["status"] for one in results["checks"]}
     assert status["repeats"] == "passed" and status["build"] in ("passed", "not run")
     assert status["sanitizer-memcheck"] == status["sanitizer-racecheck"] == "not run"
-    assert status["tests"] == "not run" or torch.cuda.is_available()
+    assert status["tests"] == status["long"] == "not run" or torch.cuda.is_available()
+    files = {path.stem for path in (ROOT / "tests").glob("test_gpu_*.py")}
+    assert {name.removeprefix("tests-") for name in status if name.startswith("tests-")} == files
+    assert "long-test_gpu_pairs" in status
     for name in ("rates", "stages", "overhead", "accuracy", "sweeps"):
         assert results[name], name
     names = {row["name"] for row in results["rows"] if row["complete"]}
@@ -52,6 +56,8 @@ def test_parts_are_listed_and_unknown_ones_refused(tmp_path):
     assert listed.split()[0] == "build" and all(f"\n{name}" in listed for name in MEASURED)
     wrong = suite("--dry-run", "nothing", out=tmp_path)
     assert wrong.returncode == 2 and "no part 'nothing'" in wrong.stderr
+    marked = {path.name for path in (ROOT / "tests").glob("test_*.py") if "mark." + "gpu" in path.read_text()}
+    assert marked == {path.name for path in (ROOT / "tests").glob("test_gpu_*.py")}  # where the suite looks
     assert set(MEASURED) - {"rates", "stages", "overhead", "accuracy", "sweeps"} == set(plan.gpu_plan())
 
 
@@ -68,6 +74,9 @@ def test_what_does_not_fit_into_the_time_is_left_for_the_next_run(tmp_path):
         ("tests", 0, "26 skipped in 0.24s", "not run"),
         ("tests", 1, "1 failed, 25 passed in 9.1s", "failed"),
         ("tests", 124, "..........", "not run"),
+        ("tests-test_gpu_ops", 124, "......s.. [ 40%]\n..F..... [ 80%]\n", "failed"),
+        ("long-test_gpu_pairs", 137, "....E", "failed"),
+        ("first", 124, "FE", "not run"),
         ("sanitizer-memcheck", 0, "===== ERROR SUMMARY: 0 errors", "passed"),
         ("sanitizer-memcheck", 9, "===== ERROR SUMMARY: 3 errors", "failed"),
         ("sanitizer-memcheck", 0, "nothing was said", "failed"),
@@ -79,6 +88,53 @@ def test_what_does_not_fit_into_the_time_is_left_for_the_next_run(tmp_path):
 )
 def test_what_never_ran_never_counts_as_passed(part, code, log, status):
     assert checks.judged(part, code, log)["status"] == status
+
+
+def test_a_cut_off_log_says_what_was_finished():
+    found = checks.judged("tests-test_gpu_ops", 124, "header\n....... [ 40%]\n..F.....")
+    assert found["details"].startswith("1 failed, 14 passed, then ran out of the time")
+
+
+def test_the_entries_of_a_part_become_one(tmp_path):
+    results = Results.open(tmp_path / "results.json")
+    assert checks.joined(results, "tests")["status"] == "not run"
+    for name, status in (("tests-a", "passed"), ("tests-b", "not run"), ("repeats", "failed")):
+        checks.store(results, name, {"status": status, "details": "26 passed"})
+    words = "a: passed, 26 passed; b: not run, 26 passed"
+    assert checks.joined(results, "tests") == {"status": "not run", "details": words}
+    checks.store(results, "tests-b", {"status": "passed", "details": "3 passed"})
+    assert checks.main(["--results", str(results.path), "join", "tests"]) == 0
+    stored = {one["part"]: one["status"] for one in Results.open(results.path).data["checks"]}
+    assert stored["tests"] == "passed"
+    checks.store(results, "tests-a", {"status": "failed", "details": "1 failed"})
+    assert checks.main(["--results", str(results.path), "join", "tests"]) == 1
+
+
+def test_a_checkout_that_is_not_installed_is_used_through_a_link_that_goes_away(tmp_path):
+    """An interpreter without site-packages stands for one where nothing can be installed."""
+    sources = {
+        "gcng/__init__.py": "",
+        "gcng/__main__.py": "import gcng.kernels as k\nprint('built with', k.__file__)",
+        "kernels/__init__.py": "",
+        "benchmarks/__init__.py": "",
+        "benchmarks/checks.py": "print('recorded')",
+        "benchmarks/machine.py": "machine = str\nfile_name = '{}.json'.format",
+        "benchmarks/gpu_suite.sh": SUITE.read_text(),
+        "python": f'exec {sys.executable} -S "$@"',
+    }
+    for name, text in sources.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text if name.endswith((".py", ".sh")) else f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+    command = [str(tmp_path / "benchmarks/gpu_suite.sh"), "--dry-run", "build"]
+    settings = os.environ | {"OUT": str(tmp_path / "out"), "PYTHON": str(tmp_path / "python"), "PYTHONPATH": ""}
+    done = subprocess.run(command, env=settings, capture_output=True, text=True, check=False)
+    log = (tmp_path / "out/gpu-suite.log").read_text()
+    assert done.returncode == 0, done.stdout + done.stderr + log
+    assert "not installed: a link to kernels/ stands in" in done.stdout
+    assert f"built with {tmp_path}/gcng/kernels/__init__.py" in log
+    assert not (tmp_path / "gcng/kernels").exists() and not (tmp_path / "gcng/kernels").is_symlink()
 
 
 def test_a_repeat_that_differs_in_one_bit_fails(monkeypatch):

@@ -44,6 +44,7 @@ def test_other_shapes(name: str, width: int, tile: Tile) -> None:
     check_pass(name, KERNELS, Setting(63, width, tile, dtype, "cuda"), scale_floor=1.0 if width == 1 else 1e-3)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("width", "dtype"), [(512, torch.bfloat16), (384, torch.float32)], ids=str)
 @pytest.mark.parametrize("name", PASSES)
 def test_250_runs_have_the_same_bits(name: str, width: int, dtype: torch.dtype) -> None:
@@ -71,6 +72,7 @@ def test_products_with_epilogues(name: str, width: int, dtype: torch.dtype) -> N
     check_product(name, products_of(name, width, dtype), setting)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("width", [128, 512])
 @pytest.mark.parametrize("name", CASES)
 def test_250_products_have_the_same_bits(name: str, width: int) -> None:
