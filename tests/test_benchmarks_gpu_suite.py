@@ -177,6 +177,22 @@ def test_a_sweep_changes_one_field_at_a_time_and_puts_the_table_back():
     with sweeps.table_replaced([module], table, lambda: Table(4)):
         assert module.table().num_warps == module.same().num_warps == 4
     assert module.table is module.same is table
+    changed = sweeps.answering(lambda width, backward=False: Table(width), ((8,), {}), Table(2))
+    assert changed(8) == Table(2) and changed(4) == Table(4) and changed(8, backward=True) == Table(8)
+
+
+@pytest.mark.parametrize(("factor", "kept"), [(1.0, True), (1.001, True), (1.1, False), (float("nan"), False)], ids=str)
+def test_a_change_that_computes_something_else_is_not_timed(factor, kept):
+    class Op:
+        def arrays(self):
+            return {"output": torch.full((3,), factor, dtype=torch.bfloat16), "zero": torch.zeros(2)}
+
+        def run(self):
+            return {"forward": 0.25}
+
+    wanted = {"output": torch.ones(3, dtype=torch.bfloat16), "zero": torch.zeros(2)}
+    row = sweeps.timed_if_right(Op(), wanted, 2)
+    assert row == ({"seconds": 0.25} if kept else {"reason": "gives other numbers: output"})
 
 
 def test_the_plan_of_a_gpu_holds_what_the_targets_read():
