@@ -7,15 +7,19 @@ inputs, :class:`Ready` runs it, forward and backward timed apart, and hands out 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from benchmarks.settings import Setting
+
+T, R = TypeVar("T"), TypeVar("R")
 
 SEED = 20250101
 CACHE_BYTES = 2**28  # written before a timed call on a GPU: more than any L2
@@ -152,7 +156,7 @@ class Operation:
             raise ValueError(f"{self.name}: provider is {provider!r}; it must be one of {', '.join(self.providers)}")
         if precision not in PRECISIONS:
             raise ValueError(f"{self.name}: precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
-        inputs = self.make_inputs(setting)
+        inputs = drawn(self.make_inputs, setting, torch.device(device))
         if rounded_to is not None:
             inputs = inputs.to(PRECISIONS[rounded_to], torch.device("cpu"))
         inputs = inputs.to(PRECISIONS[precision], torch.device(device))
@@ -215,10 +219,8 @@ class Ready:
     def gradients(self, output: Tensor) -> tuple[Tensor, ...]:
         if self._upstream is None:
             shape = self.form.canonical(output.detach()).shape
-            generator = torch.Generator().manual_seed(SEED + 1)
-            grad = torch.randn(shape, generator=generator, dtype=torch.float64)
-            # Values that every dtype holds, so that all providers see the same.
-            self._upstream = self.form.upstream(grad.to(torch.bfloat16).to(output.device, output.dtype))
+            grad = drawn(upstream_gradient, shape, output.device)
+            self._upstream = self.form.upstream(grad.to(output.device, output.dtype))
         leaves = [self.form.leaves.get(name, self.inputs[name]) for name in self.inputs.leaves]
         return torch.autograd.grad(output, leaves, self._upstream)
 
@@ -275,6 +277,25 @@ def load(name: str) -> Operation:
 def passes_of(ready: Ready) -> tuple[str, ...]:
     """Names of the passes that a call is timed by."""
     return ("forward", "backward", "both") if ready.differentiates else ("forward",)
+
+
+def drawn(draw: Callable[[T], R], key: T, device: torch.device) -> R:
+    """``draw(key)``; the same object as before where a GPU is next: there, drawing takes longer than what is measured.
+
+    On a CPU, whose memory is measured, nothing is kept.
+    """
+    return _last_draws(draw, key) if device.type == "cuda" else draw(key)
+
+
+@functools.lru_cache(maxsize=2)  # the inputs of a setting and the gradient that goes with them
+def _last_draws(draw: Callable[[T], R], key: T) -> R:
+    return draw(key)
+
+
+def upstream_gradient(shape: tuple[int, ...]) -> Tensor:
+    """What a backward starts from: values that every dtype holds, so that all providers see the same."""
+    generator = torch.Generator().manual_seed(SEED + 1)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(torch.bfloat16)
 
 
 def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:

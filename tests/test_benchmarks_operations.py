@@ -172,3 +172,27 @@ def test_rates_are_those_of_a_product_and_a_copy():
     found = rates.measure("cpu", widths=(16,), copy_bytes=2**16)
     assert found["gemm"]["float32"]["16"]["shape"] == [rates.GEMM_ROWS, 16, 64]
     assert found["copy"]["bytes_moved"] == 2**17 and found["copy"]["bytes"] > 0
+
+
+def test_inputs_are_drawn_once_for_all_providers_of_a_setting_on_a_gpu():
+    operations._last_draws.cache_clear()
+    calls, gpu = [], torch.device("cuda")
+
+    def draw(key):
+        calls.append(key)
+        return torch.ones(key, dtype=torch.float64)
+
+    for setting in (3, 3, 4):
+        tensor = operations.drawn(draw, setting, gpu)
+        grad = operations.drawn(operations.upstream_gradient, (2, setting), gpu)
+        again = operations.drawn(draw, setting, gpu), operations.drawn(operations.upstream_gradient, (2, setting), gpu)
+        assert again[0] is tensor and again[1] is grad and grad.dtype == torch.bfloat16
+    assert calls == [3, 4]
+    assert operations.drawn(draw, 4, torch.device("cpu")) is not operations.drawn(draw, 4, torch.device("cpu"))
+    operations._last_draws.cache_clear()
+
+
+def test_what_is_kept_is_copied_before_it_is_used():
+    inputs = operations.load("gates").make_inputs(operations.load("gates").tiny)
+    moved = inputs.to(torch.float64, torch.device("cpu"))
+    assert all(moved[name].data_ptr() != x.data_ptr() for name, x in inputs.tensors.items())
