@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "cpu/channels.h"
 #include "cpu/parallel_for.h"
@@ -40,8 +41,27 @@ void synthesize(const Chain<T>& chain, T* values, T* dots, T* squares) {
     dot.add(a * synthetic);
     square.add(synthetic * synthetic);
   });
-  *dots = dot.total();
-  *squares = square.total();
+  if (dots) *dots = dot.total();
+  if (squares) *squares = square.total();
+}
+
+// The gradient of the gates of one anchor and class, (count, D).
+template <bool OVERWRITE, class T>
+void gate_gradient_of_class(const SynthesisSide<T>& side, const Upstream<T>& upstream, const T* synthetic, int64_t i,
+                            int64_t c, const T* slopes, const int64_t* columns, T* out) {
+  const int64_t count = side.class_start[c + 1] - side.class_start[c], width = side.width;
+  const T* const anchor = side.anchor(i);
+  const T* const negatives = side.node(side.class_start[c]);
+  for_channels<T>(width, [&]<class V>(int64_t d) {
+    const V a = load<V>(anchor + d);
+    const V grad = upstream.at(d, synthetic ? load<V>(synthetic + d) : V{}, a);
+    for (int64_t k = 0; k < count; ++k) {
+      T* const to = out + columns[k] + d;
+      const V value = gate_gradient<T>(grad, load<V>(negatives + k * width + d), a, slopes[k]);
+      if constexpr (OVERWRITE) store(to, value);
+      else store(to, load<V>(to) + value);
+    }
+  });
 }
 
 }  // namespace
@@ -92,38 +112,46 @@ void synthesis_forward(const SynthesisSide<T>& side, const PairChannels<const T>
   const int64_t classes = side.num_classes, length = side.num_anchors * classes;
   if (length == 0) return;
   const int64_t block = block_of(length, side.num_negatives() * side.width / classes, BLOCK_CHANNELS);
+  const std::vector<int64_t> columns = column_offsets(side, gate);
   parallel_for(length, block, num_threads, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      const Chain<T> chain(side, gate, offset, slope, row / classes, row % classes);
-      synthesize(chain, values ? values + row * side.width : nullptr, dots + row, squares + row);
+      const int64_t i = row / classes, c = row % classes;
+      T* const out = values ? values + (side.row(i) * classes + c) * side.width : nullptr;
+      if (side.taken(i)) {
+        const Chain<T> chain(side, gate, columns.data(), offset, slope, i, c);
+        synthesize(chain, out, dots ? dots + row : nullptr, squares ? squares + row : nullptr);
+        continue;
+      }
+      if (out) std::fill_n(out, side.width, T(0));
+      if (dots) dots[row] = T(0);
+      if (squares) squares[row] = T(0);
     }
   });
 }
 
 template <class T>
 void synthesis_gate_gradient(const SynthesisSide<T>& side, const T* slope, const T* values,
-                             const SyntheticGradients<T>& grads, const PairChannels<T>& out, int num_threads) {
+                             const SyntheticGradients<T>& grads, const PairChannels<T>& out, bool overwrite,
+                             int num_threads) {
   const int64_t classes = side.num_classes, length = side.num_anchors * classes, width = side.width;
   if (length == 0) return;
   const int64_t block = block_of(length, side.num_negatives() * width / classes, BLOCK_CHANNELS);
+  const std::vector<int64_t> columns = column_offsets(side, out);
   parallel_for(length, block, num_threads, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t i = row / classes, c = row % classes, first = side.class_start[c] - side.first_negative();
-      const int64_t count = side.class_start[c + 1] - side.class_start[c];
-      const Upstream<T> upstream(grads, row, width);
-      const T* const synthetic = values && grads.squares ? values + row * width : nullptr;
-      const T* const anchor = side.anchor(i);
-      const T* const negatives = side.node(side.class_start[c]);
+      const int64_t* const to = columns.data() + first;
+      T* const gates = out.data + side.row(i) * out.anchor_stride;
+      if (!side.taken(i)) {
+        const int64_t count = side.class_start[c + 1] - side.class_start[c];
+        for (int64_t k = 0; overwrite && k < count; ++k) std::fill_n(gates + to[k], width, T(0));
+        continue;
+      }
+      const Upstream<T> upstream(grads, side, i, c);
+      const T* const synthetic = values && grads.squares ? values + (side.row(i) * classes + c) * width : nullptr;
       const T* const slopes = slope + i * side.num_negatives() + first;
-      T* const gates = out.row(i, first);
-      for_channels<T>(width, [&]<class V>(int64_t d) {
-        const V a = load<V>(anchor + d);
-        const V grad = upstream.at(d, synthetic ? load<V>(synthetic + d) : V{}, a);
-        for (int64_t k = 0; k < count; ++k) {
-          T* const to = gates + k * out.negative_stride + d;
-          store(to, load<V>(to) + gate_gradient<T>(grad, load<V>(negatives + k * width + d), a, slopes[k]));
-        }
-      });
+      if (overwrite) gate_gradient_of_class<true>(side, upstream, synthetic, i, c, slopes, to, gates);
+      else gate_gradient_of_class<false>(side, upstream, synthetic, i, c, slopes, to, gates);
     }
   });
 }
@@ -135,7 +163,7 @@ void synthesis_gate_gradient(const SynthesisSide<T>& side, const T* slope, const
   template void synthesis_forward(const SynthesisSide<T>&, const PairChannels<const T>&, const T*, const T*, T*, T*,   \
                                   T*, int);                                                                            \
   template void synthesis_gate_gradient(const SynthesisSide<T>&, const T*, const T*, const SyntheticGradients<T>&,     \
-                                        const PairChannels<T>&, int);
+                                        const PairChannels<T>&, bool, int);
 GCNG_INSTANTIATE(float)
 GCNG_INSTANTIATE(double)
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <vector>
 
 #include "cpu/channels.h"
 #include "cpu/synthesis.h"
@@ -17,29 +18,44 @@ inline int64_t block_of(int64_t length, int64_t channels_each, int64_t target) {
   return std::clamp<int64_t>(target / std::max<int64_t>(channels_each, 1), 1, std::max<int64_t>(length, 1));
 }
 
+// Where the channels of every negative of a side begin in the channels of an anchor, (B,).
+template <class T, class U>
+std::vector<int64_t> column_offsets(const SynthesisSide<T>& side, const PairChannels<U>& channels) {
+  std::vector<int64_t> offsets(side.num_negatives());
+  for (int64_t b = 0; b < side.num_negatives(); ++b) offsets[b] = side.column(b) * channels.negative_stride;
+  return offsets;
+}
+
 // Synthetic negative of one anchor and class, channel by channel, and the sum of its pulls.
 template <class T>
 struct Chain {
   const T* anchor;
   const T* negatives;  // first sample of the class
-  const T* gates;      // of the first sample
+  const T* gates;      // of the anchor
   const T* offset;     // of the first sample
   const T* slope;
-  int64_t count, width, gate_stride;
+  const int64_t* columns;  // of the first sample: where its gates begin
+  int64_t count, width;
 
-  Chain(const SynthesisSide<T>& side, const PairChannels<const T>& gate, const T* offsets, const T* slopes, int64_t i,
-        int64_t c) {
+  Chain(const SynthesisSide<T>& side, const PairChannels<const T>& gate, const int64_t* column_offsets,
+        const T* offsets, const T* slopes, int64_t i, int64_t c) {
     const int64_t first = side.class_start[c] - side.first_negative();
     const int64_t pair = i * side.num_negatives() + first;
-    anchor = side.anchor(i), negatives = side.node(side.class_start[c]), gates = gate.row(i, first);
+    anchor = side.anchor(i), negatives = side.node(side.class_start[c]);
+    gates = gate.data + side.row(i) * gate.anchor_stride, columns = column_offsets + first;
     offset = offsets + pair, slope = slopes + pair;
     count = side.class_start[c + 1] - side.class_start[c];
-    width = side.width, gate_stride = gate.negative_stride;
+    width = side.width;
+  }
+
+  template <class V>
+  V gate(int64_t k, int64_t d) const {
+    return load<V>(gates + columns[k] + d);
   }
 
   template <class V>
   V pull(int64_t k, int64_t d) const {
-    return pull_of<T>(load<V>(gates + k * gate_stride + d), slope[k], offset[k]);
+    return pull_of<T>(gate<V>(k, d), slope[k], offset[k]);
   }
 
   template <class V>
@@ -55,12 +71,12 @@ struct Upstream {
   bool has_dot, has_square;
   T dot, square;
 
-  Upstream(const SyntheticGradients<T>& grads, int64_t row, int64_t width)
-      : values(grads.values ? grads.values + row * width : nullptr),
+  Upstream(const SyntheticGradients<T>& grads, const SynthesisSide<T>& side, int64_t i, int64_t c)
+      : values(grads.values ? grads.values + (side.row(i) * side.num_classes + c) * side.width : nullptr),
         has_dot(grads.dots != nullptr),
         has_square(grads.squares != nullptr),
-        dot(has_dot ? grads.dots[row] : T(0)),
-        square(has_square ? grads.squares[row] : T(0)) {}
+        dot(has_dot ? grads.dots[i * side.num_classes + c] : T(0)),
+        square(has_square ? grads.squares[i * side.num_classes + c] : T(0)) {}
 
   template <class V>
   V at(int64_t d, V synthetic, V anchor) const {

@@ -52,7 +52,7 @@ T gradient_of_class(const Chain<T>& chain, const Upstream<T>& upstream,
       const V difference = chain.template negative<V>(k, d) - load<V>(chain.anchor + d);
       const V grad_pull = load<V>(grad_synthetic + d) * difference;
       pulled.add(grad_pull);
-      gated.add(grad_pull * load<V>(chain.gates + k * chain.gate_stride + d));
+      gated.add(grad_pull * chain.template gate<V>(k, d));
     });
     const DistanceGradient<T> through = distance_gradient(pulled.total(), gated.total(), geometry.weight[pair + k],
                                                           kappa, geometry.ratio[pair + k], geometry.distance[pair + k]);
@@ -96,7 +96,8 @@ class EmbeddingGradient {
   EmbeddingGradient(const SynthesisSide<T>& side, const PairChannels<const T>& gate,
                     const SynthesisGeometry<const T, const bool>& geometry, T kappa,
                     const SyntheticGradients<T>& grads)
-      : side_(side), gate_(gate), geometry_(geometry), kappa_(kappa), grads_(grads) {
+      : side_(side), gate_(gate), geometry_(geometry), kappa_(kappa), grads_(grads),
+        columns_(column_offsets(side, gate)) {
     for (int64_t c = 0; c < side.num_classes; ++c)
       most_ = std::max(most_, side.class_start[c + 1] - side.class_start[c]);
   }
@@ -111,6 +112,7 @@ class EmbeddingGradient {
       T* const grad_anchor = scratch + width;
       T* const grad_negatives = partial.data() + begin / block * negatives * width;
       for (int64_t i = begin; i < end; ++i) {
+        if (!side_.taken(i)) continue;
         std::fill_n(grad_anchor, width, T(0));
         T reach = 0;
         for (int64_t c = 0; c < side_.num_classes; ++c)
@@ -136,6 +138,7 @@ class EmbeddingGradient {
         const int64_t count = side_.class_start[c + 1] - side_.class_start[c];
         std::fill_n(grad_negatives, count * width, T(0));
         for (int64_t i = 0; i < anchors; ++i) {
+          if (!side_.taken(i)) continue;
           const int64_t row = part * anchors + i;
           reach[row] += add(i, c, scratch, partial.data() + row * width, grad_negatives);
         }
@@ -156,8 +159,8 @@ class EmbeddingGradient {
   }
 
   T add(int64_t i, int64_t c, T* scratch, T* grad_anchor, T* grad_negatives) const {
-    const Chain<T> chain(side_, gate_, geometry_.offset, geometry_.slope, i, c);
-    const Upstream<T> upstream(grads_, i * side_.num_classes + c, side_.width);
+    const Chain<T> chain(side_, gate_, columns_.data(), geometry_.offset, geometry_.slope, i, c);
+    const Upstream<T> upstream(grads_, side_, i, c);
     const int64_t pair = i * side_.num_negatives() + local(c);
     return gradient_of_class(chain, upstream, geometry_, pair, kappa_, scratch, grad_anchor, grad_negatives);
   }
@@ -167,6 +170,7 @@ class EmbeddingGradient {
   const SynthesisGeometry<const T, const bool>& geometry_;
   const T kappa_;
   const SyntheticGradients<T>& grads_;
+  const std::vector<int64_t> columns_;
   int64_t most_ = 0;
 };
 

@@ -1,6 +1,7 @@
 """The passes of the synthesis, compiled for the CPU: csrc/cpu/synthesis.cpp behind the contract of the torch form.
 
-Takes gates and gradients of gates as views of a tile, transposed or not, and holds no tensor of all pairs and channels.
+Takes gates and gradients of gates as views of a tile, transposed or not, or of all pairs in the caller's order, and
+holds no tensor of all pairs and channels.
 Where the extension or the dtype is missing, the torch form runs.
 """
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from gcng.ops import native
 from gcng.ops.synthesis_tiles import (
+    AllPairs,
     EmbeddingGradients,
     Geometry,
     Side,
@@ -23,6 +25,7 @@ from gcng.ops.synthesis_tiles import (
 )
 
 _SIDE = "Tensor z, Tensor class_start, int first_anchor"
+_ORDER = "Tensor? order, Tensor? is_anchor"
 _GRADS = "Tensor? grad_values, Tensor? grad_dots, Tensor? grad_squares"
 native.define("synthesis_positive_distance(Tensor z, Tensor positive, Tensor(a!) out) -> ()")
 native.define(
@@ -31,14 +34,20 @@ native.define(
     "Tensor(e!) offset, Tensor(f!) slope) -> ()"
 )
 native.define(
-    f"synthesis_forward({_SIDE}, Tensor gate, Tensor offset, Tensor slope, Tensor(a!)? values, Tensor(b!) dots, "
-    "Tensor(c!) squares) -> ()"
+    f"synthesis_forward({_SIDE}, Tensor gate, Tensor offset, Tensor slope, {_ORDER}, Tensor(a!)? values, "
+    "Tensor(b!)? dots, Tensor(c!)? squares) -> ()"
 )
-native.define(f"synthesis_gate_gradient({_SIDE}, Tensor slope, Tensor? values, {_GRADS}, Tensor(a!) out) -> ()")
+native.define(
+    f"synthesis_gate_gradient({_SIDE}, Tensor slope, Tensor? values, {_GRADS}, {_ORDER}, bool overwrite, "
+    "Tensor(a!) out) -> ()"
+)
 native.define(
     f"synthesis_embedding_gradient({_SIDE}, Tensor gate, Tensor kappa, Tensor distance, Tensor near, Tensor ratio, "
-    f"Tensor weight, Tensor offset, Tensor slope, {_GRADS}, Tensor(a!) grad_z, Tensor(b!) grad_reach) -> ()"
+    f"Tensor weight, Tensor offset, Tensor slope, {_GRADS}, {_ORDER}, Tensor(a!) grad_z, Tensor(b!) grad_reach) -> ()"
 )
+native.define("prefer_huge_pages(Tensor(a!) x) -> ()")
+
+_AS_THE_SIDE = None, None  # no order of the caller: gates and synthetic negatives are those of the side
 
 
 class NativeSynthesisKernels(TorchSynthesisKernels):
@@ -71,7 +80,9 @@ class NativeSynthesisKernels(TorchSynthesisKernels):
         z, geometry = side.synthesis.z, side.geometry
         values = z.new_empty((*side.shape, z.shape[1])) if need_values else None
         out = Synthetic(values, z.new_empty(side.shape), z.new_empty(side.shape))
-        kernels.synthesis_forward(*_side(side), _channels(gate, z), geometry.offset, geometry.slope, *out)
+        kernels.synthesis_forward(
+            *_side(side), _channels(gate, z), geometry.offset, geometry.slope, *_AS_THE_SIDE, *out
+        )
         return out
 
     def add_gate_gradient(self, side: Side, synthetic: Synthetic, grads: SyntheticGradients, out: Tensor) -> None:
@@ -81,7 +92,9 @@ class NativeSynthesisKernels(TorchSynthesisKernels):
             super().add_gate_gradient(side, synthetic, grads, out)
             return
         values = None if synthetic.values is None else synthetic.values.contiguous()
-        kernels.synthesis_gate_gradient(*_side(side), side.geometry.slope, values, *_upstream(grads), out)
+        kernels.synthesis_gate_gradient(
+            *_side(side), side.geometry.slope, values, *_upstream(grads), *_AS_THE_SIDE, False, out
+        )
 
     def embedding_gradient(self, side: Side, gate: Tensor, grads: SyntheticGradients, out: EmbeddingGradients) -> None:
         """See :meth:`Side.backward`."""
@@ -90,9 +103,42 @@ class NativeSynthesisKernels(TorchSynthesisKernels):
             return
         synthesis = side.synthesis
         kernels.synthesis_embedding_gradient(
-            *_side(side), _channels(gate, synthesis.z), synthesis.kappa, *side.geometry, *_upstream(grads), out.z,
+            *_side(side), _channels(gate, synthesis.z), synthesis.kappa, *side.geometry, *_upstream(grads),
+            *_AS_THE_SIDE, out.z, out.positive_distance,
+        )  # fmt: skip
+
+    def of_all_pairs(self, synthesis: Synthesis, order: Tensor, gate: Tensor) -> AllPairs | None:
+        """See :meth:`TorchSynthesisKernels.of_all_pairs`."""
+        kernels, z = _kernels(synthesis.z), synthesis.z
+        if kernels is None or gate.dtype != z.dtype or not _consecutive(gate):
+            return None
+        return _NativeAllPairs(kernels, synthesis, order, gate)
+
+
+class _NativeAllPairs(AllPairs):
+    """Moves no channel of a pair but from the caller's gates into the passes, and from them into the results."""
+
+    def __init__(self, kernels: Any, synthesis: Synthesis, order: Tensor, gate: Tensor) -> None:
+        self._kernels, self._gate, self._order = kernels, gate, (order, synthesis.is_anchor)
+
+    def synthesize(self, side: Side, out: Tensor) -> None:
+        geometry = side.geometry
+        self._kernels.synthesis_forward(
+            *_side(side), self._gate, geometry.offset, geometry.slope, *self._order, out, None, None
+        )
+
+    def write_gate_gradient(self, side: Side, grad: Tensor, out: Tensor) -> None:
+        slope = side.geometry.slope
+        self._kernels.synthesis_gate_gradient(*_side(side), slope, None, grad, None, None, *self._order, True, out)
+
+    def backward(self, side: Side, grad: Tensor, out: EmbeddingGradients) -> None:
+        self._kernels.synthesis_embedding_gradient(
+            *_side(side), self._gate, side.synthesis.kappa, *side.geometry, grad, None, None, *self._order, out.z,
             out.positive_distance,
         )  # fmt: skip
+
+    def expect_writes(self, out: Tensor) -> None:
+        self._kernels.prefer_huge_pages(out)
 
 
 def _kernels(z: Tensor) -> Any | None:

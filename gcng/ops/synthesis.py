@@ -27,6 +27,7 @@ from gcng.ops.validation import (
 )
 
 DENSE_PAIRS = 4096  # (anchor, negative) pairs of one block of the dense form
+IN_PLACE = 8  # times as many where a block holds a few numbers of each pair, not its channels
 
 
 def _class_order(labels: Tensor, device: torch.device) -> tuple[Tensor, Sequence[int]]:
@@ -44,7 +45,7 @@ def _class_order_of(labels: tuple[int, ...], device: torch.device) -> tuple[Tens
 
 
 class _Dense:
-    """The dense form: class-major geometry, gates gathered block by block from the caller's (N, N, D)."""
+    """The dense form: class-major geometry, and the caller's gates (N, N, D), where they lie or gathered by block."""
 
     def __init__(self, z: Tensor, labels: Tensor, gate: Tensor, kappa: Tensor, mix: Tensor, pairs: int) -> None:
         dtype = compute_dtype(z.dtype)
@@ -54,9 +55,10 @@ class _Dense:
         wide = z.to(dtype)[self.order]
         self.synthesis = Synthesis(wide, boundaries, kappa, mix, synthesis_kernels(wide))
         self.gate, self.dtype, n = gate, dtype, z.shape[0]
+        self.all_pairs = self.synthesis.kernels.of_all_pairs(self.synthesis, self.order, gate)
         # Nobody waits for a GPU to find out.
         self.in_order = not self.order.is_cuda and torch.equal(self.order, torch.arange(n))
-        rows = max(1, pairs // max(n, 1))
+        rows = max(1, pairs * (1 if self.all_pairs is None else IN_PLACE) // max(n, 1))
         everyone = slice(0, n)
         self.blocks = [slice(i, min(i + rows, n)) for i in range(0, n, rows)]
         self.side = lambda block: Side(self.synthesis, block, everyone, slice(None), mirrored=False)
@@ -89,6 +91,11 @@ def _synthesize_negatives(
 ) -> Tensor:
     dense = _Dense(z, labels, gate, kappa, mix, pairs_per_tile)
     out = z.new_empty((z.shape[0], dense.synthesis.num_classes, z.shape[1]))
+    if dense.all_pairs is not None:
+        dense.all_pairs.expect_writes(out)
+        for block in dense.blocks:
+            dense.all_pairs.synthesize(dense.side(block), out)
+        return out
     for block in dense.blocks:
         side = dense.side(block)
         syn = side.synthesize(dense.gates(block)).values
@@ -115,21 +122,35 @@ def _synthesize_negatives_backward(
     dense = _Dense(z, labels, gate, kappa, mix, pairs_per_tile)
     grads = EmbeddingGradients(dense.synthesis)
     grad_gate = torch.empty_like(gate, memory_format=torch.contiguous_format) if need_gate else gate.new_empty(0)
+    if dense.all_pairs is None:
+        _gathered_backward(dense, grad, grads, grad_gate if need_gate else None)
+    else:
+        grad = grad.contiguous()
+        dense.all_pairs.expect_writes(grad_gate)
+        for block in dense.blocks:
+            side = dense.side(block)
+            if need_gate:
+                dense.all_pairs.write_gate_gradient(side, grad, grad_gate)
+            dense.all_pairs.backward(side, grad, grads)
+    grad_z = torch.empty_like(z, memory_format=torch.contiguous_format)
+    grad_z[dense.order] = grads.finish().to(z.dtype)
+    return grad_z, grad_gate
+
+
+def _gathered_backward(dense: _Dense, grad: Tensor, grads: EmbeddingGradients, grad_gate: Tensor | None) -> None:
+    """The gradients from gates that are copied into class-major order, block by block."""
     for block in dense.blocks:
         side, gates = dense.side(block), dense.gates(block)
         wide = grad[dense.rows(block)].to(dense.dtype)
         upstream = SyntheticGradients(dense.of_anchors(side, wide), None, None)
-        if need_gate:
+        if grad_gate is not None:
             in_place = dense.in_order and grad_gate.dtype == gates.dtype
             value = grad_gate[block].zero_() if in_place else torch.zeros_like(gates)
             side.add_gate_gradient(Synthetic(None, None, None), upstream, value)
             if not in_place:
-                flat = value.flatten(0, 1).to(gate.dtype)
+                flat = value.flatten(0, 1).to(grad_gate.dtype)
                 grad_gate.view(-1, grad_gate.shape[2]).index_copy_(0, dense.pairs(block), flat)
         side.backward(gates, upstream, grads)
-    grad_z = torch.empty_like(z, memory_format=torch.contiguous_format)
-    grad_z[dense.order] = grads.finish().to(z.dtype)
-    return grad_z, grad_gate
 
 
 def _synthesize_negatives_backward_fake(grad, z, labels, gate, kappa, mix, pairs_per_tile, need_gate):

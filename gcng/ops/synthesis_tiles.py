@@ -14,7 +14,7 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -232,6 +232,26 @@ class EmbeddingGradients:
         return self.z.index_add_(0, synthesis.positive, grad, alpha=-1)
 
 
+class AllPairs(Protocol):
+    """Passes that read and write (N, N, D) gates and (N, M, D) synthetic negatives where the caller has them.
+
+    Sides are blocks of anchors against all negatives. A pass writes the rows of its anchors, once and in full: 0 for
+    samples that are alone in their class, whose upstream gradient is not read either.
+    """
+
+    def synthesize(self, side: Side, out: Tensor) -> None:
+        """Write the synthetic negatives of the side into ``out`` (N, M, D)."""
+
+    def write_gate_gradient(self, side: Side, grad: Tensor, out: Tensor) -> None:
+        """Write the gradient of the side's gates into ``out`` (N, N, D); ``grad`` (N, M, D) contiguous."""
+
+    def backward(self, side: Side, grad: Tensor, out: EmbeddingGradients) -> None:
+        """Add the gradients of anchors, negatives and distances, the gates held constant."""
+
+    def expect_writes(self, out: Tensor) -> None:
+        """Told of a large tensor before the first write to it."""
+
+
 class TorchSynthesisKernels:
     """The passes of the synthesis in plain torch, on any device; the others equal it up to rounding."""
 
@@ -264,6 +284,13 @@ class TorchSynthesisKernels:
         values = _class_sums(side, pull).add_(side.a[:, None])
         dots = torch.matmul(values, side.a[:, :, None])[..., 0]
         return Synthetic(values, dots, _norms(values).square_())
+
+    def of_all_pairs(self, synthesis: Synthesis, order: Tensor, gate: Tensor) -> AllPairs | None:
+        """Passes in the caller's order: ``gate`` (N, N, D), ``order`` (N,) the caller's row of a class-major slot.
+
+        None where the form has none: gates are then gathered block by block.
+        """
+        return None
 
     def add_gate_gradient(
         self, side: Side, synthetic: Synthetic, grads: SyntheticGradients, out: Tensor

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cpu/huge_pages.h"
 #include "cpu/synthesis.h"
 #include "driver.h"
 
@@ -23,6 +24,10 @@ struct Problem {
   int64_t anchors() const { return side.num_anchors; }
   int64_t negatives() const { return side.num_negatives(); }
   PairChannels<const T> view() const { return at(gate.data()); }
+  const T* gates(int64_t i, int64_t b) const {
+    const PairChannels<const T> channels = view();
+    return channels.data + i * channels.anchor_stride + b * channels.negative_stride;
+  }
   template <class U>
   PairChannels<U> at(U* data) const {
     if (transposed) return {data, width, anchors() * width};
@@ -127,7 +132,7 @@ void check_passes(Random& random, Problem<T>& p, const Made<T>& g, int num_threa
   const std::vector<T> before(out.data(), out.data() + out.size());
   synthesis_forward(p.side, p.view(), g.offset.data(), g.slope.data(), values.data(), dots.data(), squares.data(),
                     num_threads);
-  synthesis_gate_gradient(p.side, g.slope.data(), values.data(), grads, p.at(out.data()), num_threads);
+  synthesis_gate_gradient(p.side, g.slope.data(), values.data(), grads, p.at(out.data()), false, num_threads);
   synthesis_embedding_gradient(p.side, p.view(), g.in(), p.kappa, grads, grad_z.data(), grad_reach.data(), num_threads);
 
   std::vector<double> synthetic(width), upstream(width);
@@ -141,7 +146,7 @@ void check_passes(Random& random, Problem<T>& p, const Made<T>& g, int num_threa
       double value = z(anchor, d);
       for (int64_t node = first; node < last; ++node) {
         const int64_t column = node - p.side.first_negative(), at = i * b + column;
-        value += (double{p.view().row(i, column)[d]} * g.slope[at] + g.offset[at]) * (z(node, d) - z(anchor, d));
+        value += (double{p.gates(i, column)[d]} * g.slope[at] + g.offset[at]) * (z(node, d) - z(anchor, d));
       }
       GCNG_CHECK(close(values[row * width + d], value, 5));
       synthetic[d] = value, dot += value * z(anchor, d), square += value * value;
@@ -152,12 +157,12 @@ void check_passes(Random& random, Problem<T>& p, const Made<T>& g, int num_threa
     GCNG_CHECK(close(dots[row], dot, square + width) && close(squares[row], square, square + width));
     for (int64_t node = first; node < last; ++node) {
       const int64_t column = node - p.side.first_negative(), at = i * b + column;
-      const T* const gate = p.view().row(i, column);
+      const T* const gate = p.gates(i, column);
       double pulled = 0, gated = 0;
       for (int64_t d = 0; d < width; ++d) {
         const double part = upstream[d] * (z(node, d) - z(anchor, d));
         pulled += part, gated += part * gate[d];
-        const int64_t place = p.at(out.data()).row(i, column) - out.data() + d;
+        const int64_t place = gate - p.gate.data() + d;
         GCNG_CHECK(close(out.data()[place], before[place] + part * g.slope[at], 10));
       }
       const double reach = g.near[at] ? 0 : g.weight[at] * (pulled - p.kappa * gated) / g.distance[at];
@@ -177,12 +182,79 @@ void check_passes(Random& random, Problem<T>& p, const Made<T>& g, int num_threa
 }
 
 template <class T>
+bool equal(const Buffer<T>& ours, const Buffer<T>& truth) {
+  return std::equal(ours.data(), ours.data() + ours.size(), truth.data());
+}
+
+// The same passes on gates and synthetic negatives in the caller's order give the same numbers, and zeros where an
+// anchor is not taken, which is as if nothing arrived there.
+template <class T>
+void check_order(Random& random, Problem<T>& p, const Made<T>& g, int num_threads, Outputs& outputs) {
+  const int64_t a = p.anchors(), b = p.negatives(), m = p.side.num_classes, n = p.n, width = p.width;
+  Buffer<T> wanted(a * m * width), dots(a * m), squares(a * m), grad_wanted(a * b * width);
+  Buffer<T> grad_z_wanted(n * width), grad_reach_wanted(n), grad_z(n * width), grad_reach(n);
+  Buffer<T> grad_side(a * m * width), grad_values(n * m * width), gate(n * n * width), values(n * m * width);
+  Buffer<T> out(n * n * width);
+  Buffer<int64_t> order(n);
+  Buffer<bool> is_anchor(n);
+  for (int64_t i = 0; i < n; ++i) order[i] = i, is_anchor[i] = random.integer(0, 4) > 0;
+  for (int64_t i = n - 1; i > 0; --i) std::swap(order[i], order[random.integer(0, i)]);
+  const auto to = [&](int64_t i) { return order[p.side.first_anchor + i]; };
+  const auto pair = [&](int64_t i, int64_t column) {
+    return (to(i) * n + order[p.side.first_negative() + column]) * width;
+  };
+  fill(random, grad_side), fill(random, grad_z), fill(random, grad_reach);
+  std::copy_n(grad_z.data(), n * width, grad_z_wanted.data());
+  std::copy_n(grad_reach.data(), n, grad_reach_wanted.data());
+  for (int64_t i = 0; i < a; ++i) {
+    const bool taken = is_anchor[p.side.first_anchor + i];
+    std::copy_n(grad_side.data() + i * m * width, m * width, grad_values.data() + to(i) * m * width);
+    if (!taken) std::fill_n(grad_side.data() + i * m * width, m * width, T(0));
+    for (int64_t column = 0; column < b; ++column)
+      std::copy_n(p.gates(i, column), width, gate.data() + pair(i, column));
+  }
+  const SyntheticGradients<T> plain{grad_side.data(), nullptr, nullptr}, moved{grad_values.data(), nullptr, nullptr};
+  synthesis_forward(p.side, p.view(), g.offset.data(), g.slope.data(), wanted.data(), dots.data(), squares.data(), 1);
+  std::fill_n(grad_wanted.data(), grad_wanted.size(), T(0));
+  synthesis_gate_gradient(p.side, g.slope.data(), static_cast<const T*>(nullptr), plain,
+                          PairChannels<T>{grad_wanted.data(), b * width, width}, false, 1);
+  synthesis_embedding_gradient(p.side, p.view(), g.in(), p.kappa, plain, grad_z_wanted.data(),
+                               grad_reach_wanted.data(), 1);
+
+  SynthesisSide<T> side = p.side;
+  side.order = order.data(), side.is_anchor = is_anchor.data();
+  const PairChannels<const T> gates{gate.data(), n * width, width};
+  prefer_huge_pages(out.data(), out.size() * static_cast<int64_t>(sizeof(T)));
+  synthesis_forward(side, gates, g.offset.data(), g.slope.data(), values.data(), static_cast<T*>(nullptr),
+                    static_cast<T*>(nullptr), num_threads);
+  synthesis_gate_gradient(side, g.slope.data(), static_cast<const T*>(nullptr), moved,
+                          PairChannels<T>{out.data(), n * width, width}, true, num_threads);
+  synthesis_embedding_gradient(side, gates, g.in(), p.kappa, moved, grad_z.data(), grad_reach.data(), num_threads);
+
+  for (int64_t i = 0; i < a; ++i) {
+    const T* const got = values.data() + to(i) * m * width;
+    for (int64_t x = 0; x < m * width; ++x)
+      GCNG_CHECK(got[x] == (is_anchor[p.side.first_anchor + i] ? wanted[i * m * width + x] : T(0)));
+    for (int64_t column = 0; column < b; ++column)
+      GCNG_CHECK(std::equal(out.data() + pair(i, column), out.data() + pair(i, column) + width,
+                            grad_wanted.data() + (i * b + column) * width));
+  }
+  // Nothing else was written.
+  GCNG_CHECK(std::count_if(values.data(), values.data() + values.size(), [](T x) { return x == x; }) == a * m * width);
+  GCNG_CHECK(std::count_if(out.data(), out.data() + out.size(), [](T x) { return x == x; }) == a * b * width);
+  GCNG_CHECK(equal(grad_z, grad_z_wanted) && equal(grad_reach, grad_reach_wanted));
+  outputs.add(values), outputs.add(out), outputs.add(grad_z), outputs.add(grad_reach);
+}
+
+template <class T>
 void compare(Random& random, int num_threads, Outputs& outputs) {
   Problem<T> problem = draw_problem<T>(random);
   Made<T> made(problem.anchors() * problem.negatives());
   check_geometry(problem, made, num_threads);
   outputs.add(made.distance), outputs.add(made.slope), outputs.add(problem.reach);
   check_passes(random, problem, made, num_threads, outputs);
+  // Several blocks from 2^17 channels of pairs; more would be slow.
+  if (problem.n * problem.n * problem.width < 300'000) check_order(random, problem, made, num_threads, outputs);
 }
 
 }  // namespace
