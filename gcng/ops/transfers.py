@@ -56,7 +56,8 @@ def kept_on_device(make: Callable[[tuple[int, ...], torch.device], T]) -> Callab
         with lock:
             entry = captured.get(place) or kept.get(place)
             if entry is None:
-                made = make(key, device)
+                with torch.inference_mode(False):  # a training may find what an evaluation has made
+                    made = make(key, device)
                 entry = kept[place] = made, _Made(device) if device.type == "cuda" else None
             elif place in kept:
                 kept.move_to_end(place)
