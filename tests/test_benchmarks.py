@@ -18,6 +18,7 @@ from benchmarks.gate import assert_gcng_close, assert_same_formula, iteration_ar
 from benchmarks.iteration import make_batch, make_provider, make_weights, official_name, run_iteration
 from benchmarks.results import Results, setting_of
 from benchmarks.settings import Setting, executed_generator_units, sweep, units_per_pair
+from gcng.memory import MemoryPlan
 from tests.closeness import ClosenessError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,6 +72,14 @@ def test_every_weight_has_its_name_in_a_checkpoint():
     assert official_name("edge1.ffln.b") == "gnn.gnn.1.edge_model.linear.2.bias"
     assert official_name("node0.e2n.w") == "gnn.gnn.0.node_model.layers.0.edge_to_node.weight"
     assert official_name("bn_edge.w") == "gnn.bottleneck1.0.weight"
+
+
+def test_what_keeps_nothing_keeps_nothing_where_everything_would_fit():
+    setting = Setting(1, 64, 40)
+    batch = make_batch(setting)
+    plans = [make_provider(name, setting).criterion.graph.memory_plan(batch.z) for name in ("gcng", "gcng-recompute")]
+    assert plans[0].stash_edges and plans[0].stash_hidden
+    assert plans[1] == MemoryPlan(plans[1].pairs_per_tile) and plans[1].pairs_per_tile > 1
 
 
 def test_settings_name_a_batch_that_exists():
