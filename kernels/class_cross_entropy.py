@@ -1,14 +1,15 @@
 """Streamed logits (24) on a GPU: log-sum-exp and its gradient, the logits of all rows and classes never stored.
 
 Owns the launchers and launch tables of the kernels in ``logit_tiles``. The gradient goes through panels of
-``softmax - target``, rounded to the operands' type, whose two products are matrix products of torch.
+``softmax - target``, rounded to the operands' type, whose two products are matrix products of torch; for narrow rows
+there is a form without panels too (``logit_gradients``).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -16,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gcng.kernels.launch import CompilationCase, Schedule, input_precision, launch
+from gcng.kernels.logit_gradients import gradients_without_panels
 from gcng.kernels.logit_tiles import (
     streamed_logit_panel_kernel,
     streamed_logsumexp_combine_kernel,
@@ -30,6 +32,9 @@ PANEL = 2**25
 NARROW_PANEL, NARROW = 2**23, 256
 # A float16 panel holds this much for softmax = 1, so that a softmax of 1e-8 is still a normal number.
 HALF_RANGE = 2.0**14
+# Whether narrow rows (:func:`takes_no_panel`) do without panels. They save writing a panel and reading it twice, and
+# compute every logit once more; not timed on a GPU, so what ships is the form whose products are the library's.
+WITHOUT_PANELS = False
 TRITON_TYPES = {torch.float64: tl.float64, torch.float32: tl.float32}
 
 
@@ -53,6 +58,11 @@ def logit_tile(dtype: torch.dtype, width: int, tf32: bool) -> LogitTile:
     if width % 16 != 0 or (dtype == torch.float32 and not tf32):
         return LogitTile(8, 2, 64, 64, 32)
     return LogitTile(8, 3, 128, 128, 32 if dtype == torch.float32 else 64)
+
+
+def takes_no_panel(dtype: torch.dtype, width: int) -> bool:
+    """Whether the sums of a tile of rows fit into registers beside a tile of logits, and tensor cores multiply them."""
+    return dtype in (torch.float16, torch.bfloat16) and width <= 128 and width % 16 == 0
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -175,6 +185,12 @@ def streamed_logit_gradient(
     known = (target >= 0) & (target < num_classes)
     unit = _panel_unit(rows, row_scale)
     scale = torch.where(known, row_scale.to(dtype) if unit is None else row_scale.to(dtype) / unit, math.nan)
+    if WITHOUT_PANELS and takes_no_panel(rows.dtype, width) and num_rows > 0:
+        grads = _gradients_without_panels(
+            (rows, weight, bias, target, lse.contiguous(), scale), [need_rows, need_weight, wants_bias]
+        )
+        grad_rows, grad_weight, grad_bias = (None if x is None else x.mul_(unit) for x in grads)
+        return grad_rows, None if grad_weight is None else grad_weight.to(weight_dtype or weight.dtype), grad_bias
     grad_rows = rows.new_zeros((num_rows, width), dtype=dtype) if need_rows else None
     grad_weight = weight.new_empty(weight.shape, dtype=weight_dtype or weight.dtype) if need_weight else None
     grad_bias = rows.new_zeros((num_classes,), dtype=dtype) if wants_bias else None
@@ -195,6 +211,18 @@ def streamed_logit_gradient(
     if unit is not None:
         grad_rows, grad_bias = (None if x is None else x.mul_(unit) for x in (grad_rows, grad_bias))
     return grad_rows, grad_weight, grad_bias
+
+
+def _gradients_without_panels(
+    operands: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor], needed: list[bool]
+) -> list[Tensor | None]:
+    """:func:`gcng.kernels.logit_gradients.gradients_without_panels` on the tiles that belong to the forward's."""
+    tile, precision = _choose_tile(operands[0])
+    # Half as many logits at a time leave registers for the sums; channels of a step stay those of the forward.
+    by_rows = replace(tile, num_stages=2, block_classes=max(16, tile.block_classes // 2))
+    by_classes = replace(tile, num_stages=2, block_rows=max(16, tile.block_rows // 2))
+    tiles = [(each, _tile_constants(operands[0], each, precision)) for each in (by_rows, by_classes)]
+    return gradients_without_panels(operands, _strides(*operands[:4]), *tiles, PROGRAMS, needed)
 
 
 def _panel_maker(
@@ -229,6 +257,14 @@ def _both_passes_on_meta(dtype: torch.dtype, width: int, with_bias: bool) -> Non
     streamed_logit_gradient(rows, weight, bias, target, lse, scale, need_weight=True)
 
 
+def _gradients_without_panels_on_meta(dtype: torch.dtype, width: int) -> None:
+    rows, weight = (torch.empty(count, width, dtype=dtype, device="meta") for count in (4096, 11318))
+    bias = torch.empty(11318, dtype=dtype, device="meta")
+    target = torch.empty(4096, dtype=torch.int64, device="meta")
+    lse, scale = torch.empty(4096, dtype=torch.float64, device="meta"), torch.empty(4096, device="meta")
+    _gradients_without_panels((rows, weight, bias, target, lse, scale), [True] * 3)
+
+
 def compilation_cases() -> Iterator[CompilationCase]:
     """Both passes for every operand type, with everything that they can be asked for, and with the least."""
     kinds = [(dtype, False) for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)]
@@ -240,3 +276,6 @@ def compilation_cases() -> Iterator[CompilationCase]:
         "bfloat16, odd width", partial(_both_passes_on_meta, torch.bfloat16, 50, False),
         without_tensor_cores=frozenset({"streamed_logsumexp_forward_kernel", "streamed_logit_panel_kernel"}),
     )  # fmt: skip
+    for dtype, width in ((torch.bfloat16, 128), (torch.float16, 64)):
+        name = f"{str(dtype).removeprefix('torch.')} {width}, no panels"
+        yield CompilationCase(name, partial(_gradients_without_panels_on_meta, dtype, width))

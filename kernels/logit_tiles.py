@@ -13,7 +13,7 @@ from gcng.kernels.arithmetic import dot, store
 
 
 @triton.jit
-def _logits(
+def tile_of_logits(
     rows_ptr, weight_ptr, bias_ptr, row, column, width,
     stride_rows_r, stride_rows_d, stride_weight_c, stride_weight_d, stride_bias,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
@@ -71,7 +71,7 @@ def streamed_logsumexp_forward_kernel(
     total = tl.zeros((BLOCK_R,), ACCUMULATOR)
     for tile in range(tiles_per_split):
         start = (split.to(tl.int64) * tiles_per_split + tile) * BLOCK_C
-        logits = _logits(
+        logits = tile_of_logits(
             rows_ptr, weight_ptr, bias_ptr, row, tl.minimum(start + column, num_classes - 1), width,
             stride_rows_r, stride_rows_d, stride_weight_c, stride_weight_d, stride_bias,
             BLOCK_R, BLOCK_C, BLOCK_D, EVEN_D, PRECISION, ACCUMULATOR,
@@ -126,6 +126,28 @@ def _exp_minus_one(x):
 
 
 @triton.jit
+def gradient_of_logits(
+    logits, target_ptr, lse_ptr, scale_ptr, row, start, num_classes, stride_target,
+    BLOCK_C: tl.constexpr, ACCUMULATOR: tl.constexpr,
+):  # fmt: skip
+    """``scale (softmax - [class = target])`` of a tile of logits (rows, BLOCK_C), classes from ``start`` on."""
+    column = tl.arange(0, BLOCK_C)
+    lse = tl.load(lse_ptr + row)
+    # lse in two parts: rounding it alone would cost as many digits as it has.
+    high = lse.to(ACCUMULATOR)
+    low = (lse - high.to(tl.float64)).to(ACCUMULATOR)
+    scale = tl.load(scale_ptr + row).to(ACCUMULATOR)
+    place = _place_of_target(target_ptr, stride_target, row, start, num_classes, BLOCK_C)
+    is_target = column[None, :] == place[:, None]
+    shifted = logits - high[:, None]
+    # softmax - 1 from the exponent, before any rounding: near 1 the difference is all there is.
+    exponent = tl.sum(tl.where(is_target, shifted, 0.0), axis=1) - low
+    minus_one = _exp_minus_one(tl.where(place >= 0, exponent, 0.0)) * scale
+    gradient = tl.exp(shifted) * (scale * tl.exp(-low))[:, None]
+    return tl.where(is_target, minus_one[:, None], gradient)
+
+
+@triton.jit
 def streamed_logit_panel_kernel(
     rows_ptr, weight_ptr, bias_ptr, target_ptr, lse_ptr, scale_ptr, panel_ptr, bias_parts_ptr,
     num_rows, num_classes, width, first_row, first_class, panel_rows, panel_classes,
@@ -149,24 +171,14 @@ def streamed_logit_panel_kernel(
     place_class = class_tile.to(tl.int64) * BLOCK_C + column
     stored_class = place_class < panel_classes
     start = first_class + class_tile.to(tl.int64) * BLOCK_C
-    logits = _logits(
+    logits = tile_of_logits(
         rows_ptr, weight_ptr, bias_ptr, row, tl.minimum(start + column, num_classes - 1), width,
         stride_rows_r, stride_rows_d, stride_weight_c, stride_weight_d, stride_bias,
         BLOCK_R, BLOCK_C, BLOCK_D, EVEN_D, PRECISION, ACCUMULATOR,
     )  # fmt: skip
-    lse = tl.load(lse_ptr + row)
-    # lse in two parts: rounding it alone would cost as many digits as it has.
-    high = lse.to(ACCUMULATOR)
-    low = (lse - high.to(tl.float64)).to(ACCUMULATOR)
-    scale = tl.load(scale_ptr + row).to(ACCUMULATOR)
-    place = _place_of_target(target_ptr, stride_target, row, start, num_classes, BLOCK_C)
-    is_target = column[None, :] == place[:, None]
-    shifted = logits - high[:, None]
-    # softmax - 1 from the exponent, before any rounding: near 1 the difference is all there is.
-    exponent = tl.sum(tl.where(is_target, shifted, 0.0), axis=1) - low
-    minus_one = _exp_minus_one(tl.where(place >= 0, exponent, 0.0)) * scale
-    gradient = tl.exp(shifted) * (scale * tl.exp(-low))[:, None]
-    gradient = tl.where(is_target, minus_one[:, None], gradient)
+    gradient = gradient_of_logits(
+        logits, target_ptr, lse_ptr, scale_ptr, row, start, num_classes, stride_target, BLOCK_C, ACCUMULATOR
+    )
     places = place_row[:, None] * panel_classes + place_class[None, :]
     store(panel_ptr + places, gradient, stored_row[:, None] & stored_class[None, :])
     if bias_parts_ptr is not None:

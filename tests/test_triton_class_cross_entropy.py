@@ -51,6 +51,16 @@ def op_on_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(op, "streamed_logit_gradient", kernels.streamed_logit_gradient)
 
 
+@pytest.fixture(params=[True, False], ids=["panels", "no panels"])
+def either_form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient through panels, and without them for any dtype and width: making one fails, where there are rows."""
+    if not request.param:
+        monkeypatch.setattr(kernels, "WITHOUT_PANELS", True)
+        monkeypatch.setattr(kernels, "takes_no_panel", lambda *_: True)
+        monkeypatch.setattr(kernels, "_panel_unit", lambda *_: torch.ones(()))
+        monkeypatch.setattr(kernels, "_panel_maker", lambda rows, *_: len(rows) and pytest.fail("a panel was made"))
+
+
 def inputs_of(rows: int, classes: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = torch.randn(rows, width, dtype=torch.float64).to(dtype)
     weight = torch.randn(classes, width, dtype=torch.float64).to(dtype)
@@ -80,7 +90,7 @@ def test_close_to_truth(case, dtype, op_on_kernels, monkeypatch) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_equals_the_blocked_path(dtype: torch.dtype, with_bias: bool) -> None:
+def test_equals_the_blocked_path(dtype: torch.dtype, with_bias: bool, either_form: None) -> None:
     """Results, their dtypes and shapes, scales of rows that differ by orders of magnitude, all strides odd."""
     x, weight, bias, target = inputs_of(2 * ROWS, CLASSES, 2 * WIDTH, dtype)
     x, weight, target = x[::2, ::2], weight.T.contiguous().T[:, 1::2], target[::2]
@@ -94,6 +104,29 @@ def test_equals_the_blocked_path(dtype: torch.dtype, with_bias: bool) -> None:
             continue
         assert (ours.dtype, ours.shape) == (blocked.dtype, blocked.shape)
         assert (ours - blocked).norm() <= tolerance * blocked.norm()
+
+
+@pytest.mark.parametrize("name", ["tails, diffuse", "tails, confident", "tails, saturated"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_close_to_truth_without_panels(name: str, dtype: torch.dtype, op_on_kernels, monkeypatch) -> None:
+    """With the unit of 16-bit gradients."""
+    monkeypatch.setattr(kernels, "WITHOUT_PANELS", True)
+    monkeypatch.setattr(kernels, "takes_no_panel", lambda *_: True)
+    monkeypatch.setattr(kernels, "_panel_maker", None)
+    case = next(case for case in OPERATION.cases if case.name.startswith(name))
+    assert OPERATION.run(case, dtype)
+
+
+def test_panels_ship() -> None:
+    """Nothing here is timed: only 16-bit rows of up to 128 channels could do without panels, and none do."""
+    assert not kernels.WITHOUT_PANELS
+    wanted = [
+        (dtype, width)
+        for dtype in DTYPES
+        for width in (8, 16, 64, 72, 128, 512)
+        if kernels.takes_no_panel(dtype, width)
+    ]
+    assert wanted == [(dtype, width) for dtype in (torch.float16, torch.bfloat16) for width in (16, 64, 128)]
 
 
 @pytest.mark.parametrize("width", [144, 70])
@@ -139,7 +172,7 @@ def test_target_outside_the_classes_is_never_plausible(target: int) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_not_finite_rows_stay_alone(value: float, dtype: torch.dtype) -> None:
+def test_not_finite_rows_stay_alone(value: float, dtype: torch.dtype, either_form: None) -> None:
     x, weight, bias, target = inputs_of(ROWS, CLASSES, WIDTH, dtype)
     x[20, 3] = value
     ours = list(both_passes(TRITON, x, weight, bias, target, torch.ones(ROWS)))
@@ -153,7 +186,7 @@ def test_not_finite_rows_stay_alone(value: float, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(("rows", "classes", "width"), [(0, 5, 8), (5, 1, 8), (1, 1, 1), (3, 2, 1), (16, 32, 16)])
-def test_smallest_sizes(rows: int, classes: int, width: int) -> None:
+def test_smallest_sizes(rows: int, classes: int, width: int, either_form: None) -> None:
     x, weight, bias, target = inputs_of(rows, classes, width, torch.float64)
     inputs = x, weight, bias, target, torch.randn(rows, dtype=torch.float64)
     for ours, blocked in zip(both_passes(TRITON, *inputs), both_passes(TORCH, *inputs), strict=True):
@@ -161,7 +194,7 @@ def test_smallest_sizes(rows: int, classes: int, width: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_results_repeat_and_do_not_depend_on_what_else_is_wanted(dtype: torch.dtype) -> None:
+def test_results_repeat_and_do_not_depend_on_what_else_is_wanted(dtype: torch.dtype, either_form: None) -> None:
     inputs = (*inputs_of(ROWS, CLASSES, WIDTH, dtype), torch.randn(ROWS))
     first = list(both_passes(TRITON, *inputs))
     assert all(equal_bits(a, b) for a, b in zip(first, both_passes(TRITON, *inputs), strict=True))
@@ -204,6 +237,8 @@ from gcng.kernels import class_cross_entropy as kernels
 from tests.triton_interpreter import guard_allocations, guarded
 kernels.logit_tile = lambda *_: kernels.LogitTile(4, 2, 16, 32, 16)
 kernels.panel_shape = lambda rows, classes, *_: (min(rows, 32), min(classes, 64))
+kernels.WITHOUT_PANELS, kernels.PROGRAMS = {without}, 6
+kernels.takes_no_panel, kernels._panel_unit = lambda *_: True, lambda *_: torch.ones(())
 rows, classes, width = {sizes}
 x, weight, bias = (torch.randn(shape) for shape in ((rows, width), (classes, width), (classes,)))
 target, scale = torch.randint(classes, (rows,)), torch.randn(rows)
@@ -217,9 +252,10 @@ assert all(torch.equal(a, b) for a, b in zip(expected, got))
 """
 
 
+@pytest.mark.parametrize("panels", [True, False])
 @pytest.mark.parametrize("sizes", [(37, 101, 40), (33, 65, 17), (5, 3, 7)])
-def test_no_access_outside_the_tensors(sizes: tuple[int, int, int]) -> None:
-    check_isolated(GUARDED.format(sizes=sizes))
+def test_no_access_outside_the_tensors(sizes: tuple[int, int, int], panels: bool) -> None:
+    check_isolated(GUARDED.format(sizes=sizes, without=not panels))
 
 
 def test_offsets_beyond_32_bits() -> None:
