@@ -27,7 +27,9 @@ USABLE_SHARE = 0.9
 def available_bytes(device: torch.device | str = "cpu") -> int:
     """Memory that a new process can take: the kernel's estimate, or what a cgroup limit leaves; a GPU's free memory."""
     if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What torch has in its cache counts as used there, and is given to the next allocation all the same.
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     available = _meminfo("MemAvailable")
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.exists() and used.exists() and limit.read_text().strip() != "max":

@@ -137,6 +137,12 @@ def test_what_is_zero_or_cancels_is_left_out_of_the_gate():
     assert "generator/edge0.k.b" in outcome.gradients and "gradient generator/edge0.k.b" not in names
 
 
+def test_the_cache_of_torch_counts_as_available_on_a_gpu(monkeypatch):
+    for name, size in (("mem_get_info", (20, 80)), ("memory_reserved", 60), ("memory_allocated", 25)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, size=size: size)
+    assert memory.available_bytes("cuda") == 20 + 60 - 25
+
+
 def test_memory_is_predicted_from_the_nearest_smaller_size():
     sizes = (Setting(1, 16, 8), Setting(1, 16, 16), Setting(2, 16, 16), Setting(1, 32, 4))
     measured = dict(zip(sizes, (100, 300, 7, 9), strict=True))

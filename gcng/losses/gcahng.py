@@ -63,6 +63,9 @@ class GCAHNGLoss(nn.Module):
 
     Memory: within ``memory_budget`` beside embeddings and parameters; see ``gcng.estimate_memory``.
 
+    A CUDA graph can hold the losses with their backward: run them once before, with labels (and mix, if given) on the
+    GPU, and keep the :class:`gcng.BatchLayout` that goes with them for as long as the graph is replayed.
+
     Source: docs/maths.md (Peng, Huang, Chen, Ke, Dai, Huang, IJCV 133(5), 2025, arXiv 2411.13145).
 
     Example:
