@@ -89,6 +89,13 @@ def test_a_capture_refuses_a_copy_from_memory_that_nobody_keeps(gpu, copies):
     pinned = torch.arange(5).pin_memory()
     sent(pinned, GPU)
     assert copies() == [(True, True)]
+    with pytest.raises(RuntimeError, match="captures no copy from the host"):
+        sent(pinned, GPU, torch.float32)  # its rounded copy is not the caller's
+
+
+def test_a_pinned_tensor_of_another_dtype_is_pinned_again(gpu, copies):
+    sent(torch.arange(5).pin_memory(), GPU, torch.float32)
+    assert copies() == [(True, True)]
 
 
 def counted():

@@ -29,13 +29,13 @@ def sent(x: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> T
     """
     if device.type != "cuda" or x.device.type != "cpu" or torch.compiler.is_compiling():
         return x.to(device, dtype)
+    x = x if dtype is None else x.to(dtype=dtype)
     pinned = x.is_pinned()
     if not pinned and capturing(device):
         raise RuntimeError(
             "gcng: a CUDA graph captures no copy from the host; before the capture, run the step once with these "
             "classes, and pass labels and mix on the GPU and a gcng.BatchLayout beside them"
         )
-    x = x if dtype is None else x.to(dtype=dtype)
     return (x if pinned else x.pin_memory()).to(device, non_blocking=True)
 
 
