@@ -32,8 +32,9 @@ def tile_of_logits(
             x = tl.load(rows_ptrs, mask=channel[None, :] < width - start, other=0.0)
             w = tl.load(weight_ptrs, mask=channel[:, None] < width - start, other=0.0)
         logits = dot(x, w, logits, PRECISION)
-        rows_ptrs += BLOCK_D * stride_rows_d
-        weight_ptrs += BLOCK_D * stride_weight_d
+        # In 64 bits: the channels of a transposed matrix of many classes are far apart.
+        rows_ptrs += BLOCK_D * tl.cast(stride_rows_d, tl.int64)
+        weight_ptrs += BLOCK_D * tl.cast(stride_weight_d, tl.int64)
     if bias_ptr is not None:
         logits += tl.load(bias_ptr + column * stride_bias).to(ACCUMULATOR)[None, :]
     return logits

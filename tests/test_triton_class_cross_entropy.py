@@ -272,6 +272,16 @@ def test_offsets_beyond_32_bits() -> None:
     torch.testing.assert_close(panel.float() @ weight.float(), expected[2], rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("dtype", (torch.float16, torch.float32), ids=str)
+def test_channels_far_apart(dtype: torch.dtype, either_form: None) -> None:
+    """Transposed rows and weights: a step of a block of channels is more than 2^31 elements."""
+    x, weight, bias, target = inputs_of(3, 3, 128, dtype)
+    expected = list(both_passes(TRITON, x, weight, bias, target, torch.ones(3)))
+    far_x, far_weight = (spread_rows(values.T, 2**27).T for values in (x, weight))
+    for got, wanted in zip(both_passes(TRITON, far_x, far_weight, bias, target, torch.ones(3)), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3)
+
+
 def test_last_of_all_classes() -> None:
     """C = 2^31 - 1 rows of weight, all at one address: the last tile of classes, whose end is no int32."""
     classes = 2**31 - 1
