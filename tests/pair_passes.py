@@ -65,7 +65,9 @@ class Draws:
 
     def _draw(self, dtype: torch.dtype, shape: tuple[int, ...], scale: float, offset: float) -> Tensor:
         values = torch.randn(shape, generator=self.generator, dtype=torch.float32, device=self.setting.device)
-        values = values.mul_(scale).add_(offset).to(dtype)
+        if scale != 1.0 or offset != 0.0:
+            values.mul_(scale).add_(offset)
+        values = values.to(dtype)
         return values if self.dtype is None else values.to(self.dtype)
 
     def operand(self, *shape: int, scale: float = 1.0, offset: float = 0.0) -> Tensor:
