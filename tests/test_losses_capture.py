@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 import gcng
 from gcng import functional, reference
-from gcng.losses import GCAHNGLoss, gcahng
+from gcng.losses import GCAHNGLoss, gcahng, n_pair
 from gcng.losses.n_pair import _group_anchors
-from gcng.memory import plan_memory
+from gcng.memory import MemoryPlan, plan_memory
 from gcng.nn import graph
+from gcng.ops import blocks, synthesis_tiles
+from gcng.ops import layout as layout_module
 from gcng.ops.dispatch import TORCH, TRITON, forced_kernels
 from gcng.ops.layout import ClassMajor, class_major, class_major_beside
 from gcng.ops.synthesis_tiles import Synthesis, class_tensors
+from gcng.ops.transfers import sent
+from gcng.ops.triton_path import disabled
+from tests.test_losses_golden import memory_plan
 
 LABELS = torch.tensor([5, 5, 2, 0, 2, 0, 5, 1])
 EVEN = torch.arange(4).repeat(2)
@@ -34,6 +41,38 @@ class Copies(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if func is torch.ops.aten._to_copy.default and out.is_meta and not args[0].is_meta:
             self.shapes.append(tuple(out.shape))
+        return out
+
+
+def body_of(op):
+    """The implementation of an op, which every module of the ops names alike."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("gcng.ops.")]
+    (body,) = {getattr(module, f"_{op}") for module in modules if hasattr(module, f"_{op}")}
+    return body
+
+
+class Device(TorchDispatchMode):
+    """Meta tensors as a GPU: runs the bodies of the ops on them, and notes what a GPU would be waited for or fed by.
+
+    What reads a number of a meta tensor (``item``, ``nonzero``, ``unique``) raises by itself.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.copies, self.mixed = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.namespace == "gcng":
+            with self:
+                return body_of(func.name().removeprefix("gcng::"))(*args, **kwargs)
+        tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
+        there = [x.is_meta for x in tensors]
+        if any(there) and any(not x.is_meta and x.dim() for x in tensors):
+            self.mixed.append(str(func))
+        out = func(*args, **kwargs)
+        if tensors and isinstance(out, torch.Tensor) and out.is_meta != any(there):
+            self.copies.append(tuple(out.shape))
         return out
 
 
@@ -97,6 +136,42 @@ def test_a_warm_iteration_makes_nothing_from_numbers_of_the_host(labels):
     with FromHost() as seen:
         labels.new_zeros(3)[torch.tensor([0, 2])] = 1
     assert seen.calls == {"indexed write of a number": 1, "tensor([0, 2])": 1}
+
+
+@pytest.mark.parametrize("plan", [MemoryPlan(60), MemoryPlan(60, True, True, True)], ids=["recompute", "everything"])
+@pytest.mark.parametrize(
+    ("labels", "dtype"),
+    [(torch.tensor([1, 1, 3, 0, 1, 3, 2, 1]), torch.float32), (EVEN, torch.bfloat16)],
+    ids=["ragged float32", "even bfloat16"],
+)
+def test_a_device_is_fed_through_one_door_and_never_waited_for(labels, plan, dtype, monkeypatch):
+    """Every body of every op, forward and backward, in its torch form, on a device that has no numbers to read."""
+    sends = []
+
+    def noted(x, *arguments):
+        moved = sent(x, *arguments)
+        sends.extend([tuple(x.shape)] if moved.is_meta and not x.is_meta else [])
+        return moved
+
+    for module in (gcahng, graph, n_pair, blocks, layout_module, synthesis_tiles):
+        monkeypatch.setattr(module, "sent", noted)
+    even = labels is EVEN
+    options = {"singletons": "error" if even else "skip", "official_sim_mask": even}
+    criterion = GCAHNGLoss(8, 6, 2, dropout=0.1, **options).to("meta", dtype)
+    z, layout = torch.empty(8, 8, device="meta", dtype=dtype, requires_grad=True), gcng.BatchLayout(labels)
+    most = layout.samples_per_class
+    drawn, of_a_phase = [(most, most - 1), ()], [(8,)]
+    with memory_plan(monkeypatch, plan), disabled(), Device() as device:
+        iterate(criterion, z, labels, None, layout)
+        device.copies.clear(), sends.clear()
+        iterate(criterion, z, labels, None, layout)
+        # Mix and seed of both phases, and the labels of two cross-entropies; the classes are known.
+        assert sends == device.copies == [*drawn, *of_a_phase, *of_a_phase, *drawn] and not device.mixed
+        device.copies.clear(), sends.clear()
+        for module in (gcahng, graph):
+            monkeypatch.setattr(module, "capturing", lambda device: True)
+        iterate(criterion, z, labels.to("meta"), None, layout)  # that copy is the caller's
+    assert device.copies == of_a_phase and not sends and not device.mixed
 
 
 def test_the_first_samples_of_all_groups_are_one_copy():
