@@ -110,7 +110,7 @@ def stages(results: dict) -> str:
             cells = [f"{one['name']} {one['precision']}", provider_words(one["provider"]), name]
             cells += [seconds_words(max(stage["seconds"], 0.0)), share]
             lines.append([*cells, *_roof_cells(results, one, stage)])
-        lines += _generator_cells(one)
+        lines += _generator_cells(one) + _outside_cells(one)
     header = ["setting", "provider", "op", "time", "of the iteration", "GFLOP/s", "of the GEMM rate"]
     header += ["GB/s", "of the copy rate", "of its roof"]
     if not lines:
@@ -126,6 +126,20 @@ def _generator_cells(one: dict) -> list[list[str]]:
     words = f"{100 * found['useful_share']:.0f} % ({100 * found['executed_share']:.0f} % with what is computed again)"
     name = f"{one['name']} {one['precision']}", provider_words(one["provider"]), "generator phase, alone"
     return [[*name, seconds_words(found["seconds"]), "-", "-", words, "-", "-", "-"]]
+
+
+def _outside_cells(one: dict) -> list[list[str]]:
+    """The iteration again, under the profiler: in calls of a matrix product, and in everything else."""
+    if "outside_products" not in one:
+        return []
+    name = f"{one['name']} {one['precision']}", provider_words(one["provider"])
+    seconds = one["outside_products"]
+    total = sum(seconds.values())
+    words = {"products": "all calls of a matrix product, by the profiler", "rest": "everything else, by the profiler"}
+    return [
+        [*name, words[part], seconds_words(spent), f"{100 * spent / total:.0f} %", *["-"] * 5]
+        for part, spent in seconds.items()
+    ]
 
 
 def _roof_cells(results: dict, one: dict, stage: dict) -> list[str]:

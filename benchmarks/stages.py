@@ -34,6 +34,8 @@ OWN_UNITS = {
     "n_pair_synthesis": 2, "generator_synthesis": 2, "generator_synthesis_backward": 4,
 }  # fmt: skip
 LAYER_UNITS = {"forward": 16, "backward": 32}
+# As the profiler of torch names them. Not aten::bmm: of two matrices with one row or column it is a sum, no product.
+PRODUCT_CALLS = {"aten::mm", "aten::addmm", "aten::addmm_", "mkldnn::_linear_pointwise"}
 
 
 class OpTimer(TorchDispatchMode):
@@ -125,12 +127,27 @@ def measure(
     total = statistics.median(totals)
     stages[REST] = {"seconds": total - sum(stage["seconds"] for stage in stages.values()), "flops": 0.0, "bytes": 0.0}
     generator = generator_phase(setting, provider, precision, device, rounds)
+    alone = {} if place.type == "cuda" else {"outside_products": outside_products(ready, rounds)}
     return {
-        "generator": generator,
+        "generator": generator, **alone,
         "setting": setting.as_dict(), "name": setting.name, "provider": provider, "precision": precision,
         "seconds": total, "stages": stages,
         "rates": {"gemm_flops": statistics.median(products), "copy_bytes": statistics.median(copies)},
     }  # fmt: skip
+
+
+def outside_products(ready: operations.Ready, rounds: int) -> dict:
+    """Seconds of an iteration on the CPU in calls of a matrix product, and in everything else; medians of rounds."""
+    inside, outside = [], []
+    for _ in range(rounds):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            start = time.perf_counter()
+            ready.run()
+            seconds = time.perf_counter() - start
+        calls = sum(event.self_cpu_time_total for event in profile.key_averages() if event.key in PRODUCT_CALLS) / 1e6
+        inside.append(calls)
+        outside.append(seconds - calls)
+    return {"products": statistics.median(inside), "rest": statistics.median(outside)}
 
 
 def generator_phase(setting: Setting, provider: str, precision: str, device: str, rounds: int) -> dict:

@@ -141,6 +141,7 @@ def test_stages_see_every_op_and_count_the_products_of_an_iteration():
     assert found["rates"]["gemm_flops"] > 0 and found["rates"]["copy_bytes"] > 0
     assert math.isclose(sum(s["seconds"] for s in found["stages"].values()), found["seconds"])
     assert found["generator"]["useful_share"] <= found["generator"]["executed_share"]
+    assert all(seconds > 0 for seconds in found["outside_products"].values())
 
 
 def test_accuracy_stands_beside_that_of_the_definition():
