@@ -41,11 +41,6 @@ def rates(results: dict) -> str:
         for precision, widths in results["rates"]["gemm"].items()
         for found in widths.values()
     ]
-    for found in results["rates"].get("libraries", ()):
-        shape = " x ".join(map(str, found["shape"]))
-        for library, words in (("mm", "torch.addmm"), ("onednn", "oneDNN")):
-            if library in found:
-                lines.append([f"first map, {words}", shape, f"{found[library] / 1e9:.0f} GFLOP/s"])
     copy = results["rates"]["copy"]
     lines.append(["copy", bytes_words(copy["bytes_moved"]), f"{copy['bytes'] / 1e9:.1f} GB/s"])
     return table(["precision", "rows x inner x columns", "rate"], lines)

@@ -10,14 +10,12 @@ import torch
 from benchmarks import machine
 from benchmarks.operations import PRECISIONS, Clock, precision_mode
 from benchmarks.results import open_results
-from gcng.ops import products
 
 GEMM_ROWS = 1024  # of the yardstick (rows, D) @ (D, 4 D) on a CPU: a panel of pairs times the edge MLP
 GPU_ROWS = 8448
 GEMM_CALLS = 5
 COPY_BYTES = 2**28
 GPU_COPY_BYTES = 2**32
-SWEEP_BYTES = 2**26
 PRODUCTS = {"cpu": ("float32", "float64", "bfloat16"), "cuda": ("float32", "tf32", "bfloat16", "float16")}
 
 
@@ -49,29 +47,6 @@ def copy_rate(device: str, size: int | None = None) -> dict:
     return {"bytes_moved": 2 * size, "bytes": 2.0 * size / statistics.median(seconds)}
 
 
-def library_rates(width: int, rows: int = GEMM_ROWS, calls: int = 15, sweep: int = SWEEP_BYTES) -> dict:
-    """Operations per second of the first map of an edge layer, (rows, D) to (rows, 4 D) with a bias, by library.
-
-    float32 on the CPU. Other data goes through the caches between calls, as in an iteration; calls are interleaved.
-    """
-    generator = torch.Generator().manual_seed(0)
-    sizes = (rows, width), (4 * width, width), (4 * width,)
-    x, weight, bias = (torch.randn(*size, generator=generator) for size in sizes)
-    between, out = torch.zeros(sweep // 4), torch.empty(rows, 4 * width)
-    ways = {"mm": lambda: torch.addmm(bias, x, weight.T, out=out)}
-    if products.has_onednn():
-        ways["onednn"] = lambda: products.by_onednn(x, weight, bias)
-    seconds = {name: [] for name in ways}
-    for _ in range(calls + 1):
-        for name, call in ways.items():
-            between.add_(1)
-            seconds[name].append(_timed(call, x.device))
-    flops = 2.0 * rows * width * 4 * width
-    return {"shape": [rows, width, 4 * width]} | {
-        name: flops / statistics.median(taken[1:]) for name, taken in seconds.items()
-    }
-
-
 def _timed(call, place: torch.device) -> float:
     clock = Clock(place)
     clock.mark()
@@ -83,14 +58,11 @@ def _timed(call, place: torch.device) -> float:
 def measure(device: str, widths: tuple[int, ...] = (64, 128, 512), copy_bytes: int | None = None) -> dict:
     """All rates, for a results file."""
     kind = torch.device(device).type
-    gemm = {
+    products = {
         precision: {str(width): product_rate(width, precision, device, 15) for width in widths}
         for precision in PRODUCTS[kind]
     }
-    found = {"gemm": gemm, "copy": copy_rate(device, copy_bytes)}
-    if kind == "cpu":
-        found["libraries"] = [library_rates(width) for width in widths]
-    return found
+    return {"gemm": products, "copy": copy_rate(device, copy_bytes)}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -27,7 +27,7 @@ def _no_room() -> Tensor:
 
 @pytest.fixture
 def onednn() -> None:
-    if not products.has_onednn():
+    if not products._has_onednn():
         pytest.skip("this torch has no oneDNN")
 
 
@@ -62,7 +62,7 @@ def test_the_rest_goes_to_room(name: str) -> None:
 
 
 def test_a_torch_without_the_op_multiplies_with_mm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "has_onednn", lambda: False)
+    monkeypatch.setattr(products, "_has_onednn", lambda: False)
     x, weight, bias = _operands("up")
     out = torch.empty(x.shape[0], weight.shape[0])
     assert products.linear(x, weight, bias, lambda: out) is out

@@ -1,8 +1,8 @@
 """Matrix products over the pairs of a tile: operands in 16 bit or wider, sums never narrower than float32.
 
 On the CPU there are two libraries to choose from: what ``torch.mm`` uses (MKL in the wheels for x86), and oneDNN, which
-torch ships beside it and which was the faster of the two for long rows (docs/benchmarks.md, "Rates of this machine").
-oneDNN brings the memory of its result along; the other one is told where to put it.
+torch ships beside it and which is the faster of the two where the second operand is small and the result is not
+(docs/kernels.md has the numbers). oneDNN brings the memory of its result along; the other one is told where to put it.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _FEWEST_PRODUCTS = 2**25
 def linear(x: Tensor, weight: Tensor, bias: Tensor, room: Room) -> Tensor:
     """``x`` (B, D) through a map ``weight`` (C, D) with ``bias`` (C,), of one dtype: (B, C), perhaps in ``room``."""
     if _onednn_is_faster(x, weight.shape[0]):
-        return by_onednn(x, weight, bias)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return torch.addmm(bias, x, weight.T, out=room())
 
 
 def product(x: Tensor, y: Tensor, room: Room) -> Tensor:
     """``x @ y`` in the dtype of ``room``, which may be wider than that of the operands; perhaps in ``room``."""
     if _onednn_is_faster(x, y.shape[1]):
-        return by_onednn(x, y.T)
+        return torch.ops.mkldnn._linear_pointwise(x, y.T, None, "none", [], "")
     return product_to(x, y, room())
 
 
@@ -64,15 +64,10 @@ def _onednn_is_faster(x: Tensor, columns: int) -> bool:
         and _SHORTEST_SUM <= length <= _LONGEST_SUM
         and rows * length * columns >= _FEWEST_PRODUCTS
         and torch.backends.mkldnn.enabled
-        and has_onednn()
+        and _has_onednn()
     )
 
 
-def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x`` (B, D) through a map (C, D) of any strides, by oneDNN."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-def has_onednn() -> bool:
-    """Whether this torch has oneDNN and the op that torch.compile maps linear layers to, which is not documented."""
+def _has_onednn() -> bool:
+    # The op that torch.compile maps linear layers to: not documented, so its absence has to be bearable.
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
