@@ -14,7 +14,7 @@ from torch import Tensor
 from gcng.kernels import edge_gradient_product, edge_mlp, edge_products, edge_wide_rows, message_products
 from gcng.kernels.product_tiles import EdgeProducts
 from gcng.ops.pair_kernels import PRODUCT, Edges, HiddenState, Prepared, TorchPairKernels
-from gcng.ops.products import linear, product_to
+from gcng.ops.products import linear, product
 from tests.closeness import assert_close_to_truth
 from tests.pair_passes import Draws, Setting
 
@@ -41,7 +41,7 @@ def first_map(draws: Draws, schedules: EdgeProducts | None, stashing: bool) -> d
     h0, hidden = (draws.operand(s.pairs, 4 * s.width) for _ in range(2))
     stash = draws.packed(4 * s.width) if stashing else None
     if schedules is None:
-        linear(x, prepared.ff1_weight, prepared.ff1_bias, lambda: h0)
+        linear(x, prepared.ff1_weight, prepared.ff1_bias, h0)
         mean, rstd = STEPS.hidden(h0, hidden, s.n, s.tile, stash=stash)
     else:
         kept = None if stashing else h0
@@ -57,7 +57,7 @@ def second_map(draws: Draws, schedules: EdgeProducts | None, packed: bool) -> di
     w2 = draws.wide(s.pairs, s.width)
     out, stash = (draws.packed(), draws.packed()) if packed else (draws.operand(s.pairs, s.width), None)
     if schedules is None:
-        product_to(hidden, prepared.folded.T, w2)
+        product(hidden, prepared.folded.T, w2)
         STEPS.epilogue(w2, x, mean, rstd, prepared, s.n, s.tile, out, packed=packed, stash=stash)
     else:
         whole = schedules.second_map.holds_rows(s.width)
@@ -73,9 +73,9 @@ def mlp(draws: Draws, schedules: EdgeProducts | None, packed: bool) -> dict[str,
     out = draws.packed() if packed else draws.operand(s.pairs, s.width)
     if schedules is None:
         h0, w2 = draws.operand(s.pairs, 4 * s.width), draws.wide(s.pairs, s.width)
-        linear(x, prepared.ff1_weight, prepared.ff1_bias, lambda: h0)
+        linear(x, prepared.ff1_weight, prepared.ff1_bias, h0)
         mean, rstd = STEPS.hidden(h0, h0, s.n, s.tile)
-        product_to(h0, prepared.folded.T, w2)
+        product(h0, prepared.folded.T, w2)
         STEPS.epilogue(w2, x, mean, rstd, prepared, s.n, s.tile, out, packed=packed)
     else:
         edge_mlp.edge_mlp(x, prepared, s.n, s.tile, out, packed, schedules.mlp)
@@ -93,9 +93,9 @@ def hidden_gradient(draws: Draws, schedules: EdgeProducts | None, source: str) -
     mean, rstd = _statistics(draws)
     if schedules is None:
         if again:
-            linear(x, prepared.ff1_weight, prepared.ff1_bias, lambda: h0)
+            linear(x, prepared.ff1_weight, prepared.ff1_bias, h0)
         STEPS.hidden(h0, hidden, s.n, s.tile, packed=packed)
-        product_to(scaled, prepared.folded, grad)
+        product(scaled, prepared.folded, grad)
         state = HiddenState(h0, h0, packed)
         STEPS.hidden_backward(grad, hidden, state, mean, rstd, means, s.n, s.tile, sums)
     else:
@@ -114,7 +114,7 @@ def product_messages(draws: Draws, schedules: EdgeProducts | None, stashing: boo
     stash = draws.packed(channels) if stashing else None
     if schedules is None:
         edges, before = draws.operand(s.pairs, s.width), draws.operand(s.pairs, channels)
-        linear(STEPS.edges(Edges(nodes, PRODUCT, s.n), s.tile, edges), weight, bias, lambda: before)
+        linear(STEPS.edges(Edges(nodes, PRODUCT, s.n), s.tile, edges), weight, bias, before)
         STEPS.messages(before, s.n, s.tile, out, stash=stash)
     else:
         message_products.product_messages(nodes, weight, bias, s.n, s.tile, out, stash, schedules.messages)

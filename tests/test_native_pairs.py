@@ -221,8 +221,8 @@ def test_the_bias_of_the_first_map_is_added_in_its_pass(tile: str, stashing: boo
     for form in (NATIVE, TORCH):
         stash = torch.full((20 * 21 // 2, 132), torch.nan, dtype=dtype) if stashing else None
         room = torch.full((setting.pairs, 132), torch.nan, dtype=dtype)
-        _, *rest = form.first_map(x, prepared, lambda room=room: room, None, 20, setting.tile, stash=stash)
-        results.append([*rest, *([stash] if stashing else [])])
+        statistics = form.first_map(x, prepared, room, room, 20, setting.tile, stash=stash)
+        results.append([room, *statistics, *([stash] if stashing else [])])
     for ours, theirs in zip(*results, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-12 if dtype == torch.float64 else 1e-5, equal_nan=True)
 

@@ -13,7 +13,7 @@ from gcng.kernels import edge_mlp, edge_wide_rows, message_products, product_til
 from gcng.kernels.pair_tiles import PairSchedule
 from gcng.kernels.product_tiles import EdgeProducts, ProductSchedule
 from gcng.ops.pair_kernels import HiddenState
-from gcng.ops.products import product_to
+from gcng.ops.products import product
 from gcng.ops.tiles import Tile, pair_count
 from gcng.ops.triton_pair_kernels import TritonPairKernels
 from tests.closeness import assert_close_to_truth
@@ -155,9 +155,9 @@ def test_the_methods_take_what_the_table_says(table: EdgeProducts, monkeypatch: 
     x, prepared = draws.operand(setting.pairs, 20), layer_of(draws)
     h0, hidden, grad, truth_grad = (draws.operand(setting.pairs, 80) for _ in range(4))
     w2, out, alone, truth = (draws.operand(setting.pairs, 20) for _ in range(4))
-    h0, hidden, *statistics = kernels.first_map(x, prepared, lambda: h0, lambda: hidden, 11, tile)
+    statistics = kernels.first_map(x, prepared, h0, hidden, 11, tile)
     kernels.second_map(hidden, x, *statistics, prepared, 11, tile, w2, out)
-    product_to(hidden, prepared.folded.T, truth_w2 := torch.empty_like(w2))
+    product(hidden, prepared.folded.T, truth_w2 := torch.empty_like(w2))
     STEPS.epilogue(truth_w2, x, *statistics, prepared, 11, tile, truth)
     assert (w2 - truth_w2).abs().max() < 1e-12 and (out - truth).abs().max() < 1e-12
     kernels.second_map(hidden, x, *statistics, prepared, 11, tile, torch.empty_like(w2), out.zero_(), keep=False)
@@ -167,8 +167,8 @@ def test_the_methods_take_what_the_table_says(table: EdgeProducts, monkeypatch: 
     sums, truth_sums, scaled = draws.sums(prepared), draws.sums(prepared), draws.operand(setting.pairs, 20)
     truth_sums.ff1_bias.copy_(sums.ff1_bias)
     means, state = (draws.wide(setting.pairs), draws.wide(setting.pairs)), HiddenState(h0, w2, False)
-    kernels.hidden_gradient(scaled, hidden, x, state, *statistics, means, prepared, 11, tile, sums, lambda: grad)
-    product_to(scaled, prepared.folded, truth_grad)
+    kernels.hidden_gradient(scaled, hidden, x, state, *statistics, means, prepared, 11, tile, sums, grad)
+    product(scaled, prepared.folded, truth_grad)
     STEPS.hidden_backward(truth_grad, hidden, state, *statistics, means, 11, tile, truth_sums)
     assert (grad - truth_grad).abs().max() < 1e-11
     assert (sums.ff1_bias - truth_sums.ff1_bias).abs().max() < 1e-10

@@ -6,7 +6,6 @@ follow from the weight gradient, so that neither costs a pass over the pairs of 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from gcng.ops.field_op import FIELD, FieldArguments, field_needs, grouped, keep_field, kept_field, split_arguments
 from gcng.ops.pair_field import FieldGradients, PairField, with_smaller_tiles
-from gcng.ops.products import Room, accumulate, linear, product
+from gcng.ops.products import accumulate, linear, product
 from gcng.ops.registration import compute_dtype, define_field_autocast, define_gradient, define_op
 from gcng.ops.tiles import Tile, pair_count, pair_weights
 
@@ -89,9 +88,9 @@ class GateHead:
         # The gate of an average edge: sums of gates are taken around it.
         self.center = torch.sigmoid(bias.to(dtype))
 
-    def logits(self, e: Tensor, room: Room) -> Tensor:
-        """(B, D) edges to the logits of their gates, (B, D)."""
-        return linear(e, *self._operands, room)
+    def logits(self, e: Tensor, out: Tensor) -> Tensor:
+        """(B, D) edges to the logits of their gates, written to ``out`` (B, D)."""
+        return linear(e, *self._operands, out)
 
 
 class GateGradients:
@@ -127,8 +126,8 @@ class GateGradients:
 
     def edge_gradient(self, grad_logits: Tensor, e: Tensor, weights: Tensor) -> Tensor:
         """Gradient of the edges (B, D), for pairs that stand for ``weights`` (B, 1) ordered pairs each."""
-        room = functools.partial(self.field.workspace.take, "grad", *e.shape, self.field.dtype)
-        out = product(grad_logits, self.head.folded, room)
+        out = self.field.workspace.take("grad", *e.shape, self.field.dtype)
+        product(grad_logits, self.head.folded, out)
         self.field.kernels.norm_gradient(out, e, weights, self.head.mean, self.constant, self.linear)
         return out
 

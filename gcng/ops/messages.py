@@ -6,8 +6,6 @@ tile again (unless its pre-activation is stashed), then the chain of edge layers
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -46,7 +44,7 @@ def _messages(
             from_nodes = not field.packed and not field.layers
             if from_nodes and field.kernels.product_messages(field.base, *operands, n, tile, out, stash=kept_here):
                 continue
-            before = linear(field.edges(tile), *operands, field.room("messages", tile, channels))
+            before = linear(field.edges(tile), *operands, field.take("messages", tile, channels))
             field.kernels.messages(before, n, tile, out, stash=kept_here)
         return out.to(arguments.base.dtype), kept
 
@@ -83,13 +81,12 @@ def _messages_backward(
         grad_weight, grad_bias = (torch.zeros_like(x, dtype=field.dtype) for x in operands)
         for tile in field.tiles(pairs):
             e, states = field.edges_with_states(tile) if grads.wanted else (field.edges(tile), [])
-            before = kept if stash else linear(e, *operands, field.room("messages", tile, channels))
+            before = kept if stash else linear(e, *operands, field.take("messages", tile, channels))
             grad_before = field.take("grad messages", tile, channels)
             field.kernels.messages_backward(wide_grad, before, n, tile, grad_before, grad_bias, packed=stash)
             accumulate(grad_weight, grad_before.T, e)
             if grads.wanted:
-                room = functools.partial(field.take_wide, "grad", tile)
-                grads.add(tile, product(grad_before, operands[0], room), states)
+                grads.add(tile, product(grad_before, operands[0], field.take_wide("grad", tile)), states)
         return [grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), *arguments.gradients(grads)]
 
     return with_smaller_tiles(run, pairs_per_tile, field)

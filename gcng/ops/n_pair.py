@@ -70,7 +70,7 @@ class Gates(NamedTuple):
     def of(self, e: Tensor, tile: Tile, *, spread: GateSpread | None = None, fill: bool = False) -> Tensor:
         """Gates of the edges (R S, D) of a tile; ``fill`` stashes them, ``spread`` receives their sums."""
         field = self.field
-        values = self.head.logits(e, field.room("gates", tile))
+        values = self.head.logits(e, field.take("gates", tile))
         stash = self.kept if fill and self.kept.shape[0] else None
         field.kernels.gates(values, field.n, tile, stash=stash, spread=spread)
         return values

@@ -26,7 +26,7 @@ from gcng.ops.pair_kernels import (
     Prepared,
     TorchPairKernels,
 )
-from gcng.ops.products import Room, product
+from gcng.ops.products import product
 from gcng.ops.tiles import Tile
 
 _KINDS = {PRODUCT: 0, PACKED: 1, TILE: 2}
@@ -133,20 +133,20 @@ class NativePairKernels(TorchPairKernels):
         self,
         x: Tensor,
         prepared: Prepared,
-        h0: Room,
-        hidden: Room | None,
+        h0: Tensor,
+        out: Tensor,
         n: int,
         tile: Tile,
         *,
         stash: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        if hidden is not None:
-            return super().first_map(x, prepared, h0, hidden, n, tile, stash=stash)
+    ) -> tuple[Tensor, Tensor]:
+        if out is not h0:
+            return super().first_map(x, prepared, h0, out, n, tile, stash=stash)
         # Nobody reads h0 again, so the pass adds the bias, which addmm would write to every row of its result first.
-        out = product(x, prepared.ff1_weight.T, h0)
+        product(x, prepared.ff1_weight.T, out)
         mean, rstd = (out.new_empty(out.shape[0]) for _ in range(2))
         self._ops.edge_hidden(out, False, prepared.ff1_bias, stash, n, *tile, out, mean, rstd)
-        return out, out, mean, rstd
+        return mean, rstd
 
     def epilogue(
         self,

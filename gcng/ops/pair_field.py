@@ -7,7 +7,6 @@ reductions over this field: they ask for a tile of edges and hand back its gradi
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
@@ -28,7 +27,7 @@ from gcng.ops.pair_kernels import (
     Mix,
     Prepared,
 )
-from gcng.ops.products import Room, accumulate
+from gcng.ops.products import accumulate
 from gcng.ops.registration import compute_dtype
 from gcng.ops.tiles import Tile, plan_tiles
 
@@ -120,10 +119,6 @@ class PairField:
         rows, columns = tile.shape
         return self.workspace.take(name, rows * columns, self.width if width is None else width)
 
-    def room(self, name: str, tile: Tile, width: int | None = None) -> Room:
-        """:meth:`take`, for products that may not need it."""
-        return functools.partial(self.take, name, tile, width)
-
     def take_wide(self, name: str, tile: Tile) -> Tensor:
         """Scratch for what is summed up or normalized, (R S, D) in the field's dtype."""
         rows, columns = tile.shape
@@ -182,11 +177,9 @@ class PairField:
         if not keep and stash is None and kernels.edge_mlp(x, prepared, self.n, tile, out, packed=packed):
             return None
         h0_stash, w2_stash = stash or (None, None)
-        h0_room = self.room(f"h0 {name}", tile, hidden_width)
-        hidden_room = self.room("hidden", tile, hidden_width) if keep else None
-        h0, hidden, mean, rstd = kernels.first_map(
-            x, prepared, h0_room, hidden_room, self.n, tile, stash=h0_stash
-        )
+        h0 = self.take(f"h0 {name}", tile, hidden_width)
+        hidden = self.take("hidden", tile, hidden_width) if keep else h0
+        mean, rstd = kernels.first_map(x, prepared, h0, hidden, self.n, tile, stash=h0_stash)
         w2 = self.take_wide(f"w2 {name}", tile)
         kernels.second_map(
             hidden, x, mean, rstd, prepared, self.n, tile, w2, out, packed=packed, stash=w2_stash, keep=keep
@@ -278,9 +271,9 @@ def backward_layer(
         grad, state.hidden, state.x, mean, rstd, prepared, n, tile, sums, grad_w2, scaled, packed=packed
     )
     accumulate(sums.folded, scaled.T, hidden)
-    room = field.room("grad h0", tile, hidden_width)
-    grad_h0 = kernels.hidden_gradient(
-        scaled, hidden, state.x, state.hidden, mean, rstd, means, prepared, n, tile, sums, room
+    grad_h0 = field.take("grad h0", tile, hidden_width)
+    kernels.hidden_gradient(
+        scaled, hidden, state.x, state.hidden, mean, rstd, means, prepared, n, tile, sums, grad_h0
     )
     accumulate(sums.ff1_weight, grad_h0.T, state.x)
     accumulate(grad_w2, grad_h0, prepared.ff1_weight)

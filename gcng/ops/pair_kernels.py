@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gcng.ops.products import Room, linear, product, product_to
+from gcng.ops.products import linear, product
 from gcng.ops.registration import compute_dtype
 from gcng.ops.tiles import Tile, add_tile, load_tile, split_mirror, store_tile
 from gcng.reference.dropout import dropout_scales
@@ -356,27 +356,14 @@ class TorchPairKernels:
         return False
 
     def first_map(
-        self,
-        x: Tensor,
-        prepared: Prepared,
-        h0: Room,
-        hidden: Room | None,
-        n: int,
-        tile: Tile,
-        *,
-        stash: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The first map of x (R S, D), h0 (R S, 4D), and :meth:`hidden` of it.
+        self, x: Tensor, prepared: Prepared, h0: Tensor, out: Tensor, n: int, tile: Tile, *, stash: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The first map of x (R S, D) to ``h0`` (R S, 4D), and :meth:`hidden` of it to ``out``, which may be ``h0``.
 
-        ``h0``, ``hidden``: rooms for the two; without one for the hidden layer it takes the place of h0, which nobody
-        reads afterwards.
-
-        Returns:
-            h0, the hidden layer, its mean and 1/deviation.
+        Where it is, nobody reads h0 afterwards.
         """
-        before = linear(x, prepared.ff1_weight, prepared.ff1_bias, h0)
-        after = before if hidden is None else hidden()
-        return before, after, *self.hidden(before, after, n, tile, stash=stash)
+        linear(x, prepared.ff1_weight, prepared.ff1_bias, h0)
+        return self.hidden(h0, out, n, tile, stash=stash)
 
     def second_map(
         self,
@@ -398,7 +385,7 @@ class TorchPairKernels:
 
         Without ``keep`` nobody reads ``w2`` afterwards.
         """
-        product_to(hidden, prepared.folded.T, w2)
+        product(hidden, prepared.folded.T, w2)
         self.epilogue(w2, x, mean, rstd, prepared, n, tile, out, packed=packed, stash=stash)
 
     def hidden_gradient(
@@ -414,12 +401,11 @@ class TorchPairKernels:
         n: int,
         tile: Tile,
         sums: LayerSums,
-        room: Room,
-    ) -> Tensor:
-        """The product of ``scaled`` (R S, D) with the folded map, and :meth:`hidden_backward` of it: (R S, 4D)."""
-        out = product(scaled, prepared.folded, room)
+        out: Tensor,
+    ) -> None:
+        """The product of ``scaled`` (R S, D) with the folded map, and :meth:`hidden_backward` of it: to ``out``."""
+        product(scaled, prepared.folded, out)
         self.hidden_backward(out, hidden, state, mean, rstd, means, n, tile, sums)
-        return out
 
     def product_messages(
         self,

@@ -19,7 +19,7 @@ from gcng.ops.pair_kernels import (
     Prepared,
     TorchPairKernels,
 )
-from gcng.ops.products import Room, product_to
+from gcng.ops.products import product
 from gcng.ops.tiles import Tile
 
 if TYPE_CHECKING:
@@ -174,22 +174,20 @@ class TritonPairKernels(TorchPairKernels):
         self,
         x: Tensor,
         prepared: Prepared,
-        h0: Room,
-        hidden: Room | None,
+        h0: Tensor,
+        out: Tensor,
         n: int,
         tile: Tile,
         *,
         stash: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         schedule = self._products(x).first_map
         if schedule is None:
-            return super().first_map(x, prepared, h0, hidden, n, tile, stash=stash)
+            return super().first_map(x, prepared, h0, out, n, tile, stash=stash)
         from gcng.kernels import edge_products
 
-        before = h0()
-        after = before if hidden is None else hidden()
-        kept = None if hidden is None else before
-        return before, after, *edge_products.edge_first_map(x, prepared, kept, after, n, tile, stash, schedule)
+        kept = None if out is h0 else h0
+        return edge_products.edge_first_map(x, prepared, kept, out, n, tile, stash, schedule)
 
     def second_map(
         self,
@@ -211,7 +209,7 @@ class TritonPairKernels(TorchPairKernels):
 
         schedule = self._products(x).second_map
         if schedule is None:
-            product_to(hidden, prepared.folded.T, w2)
+            product(hidden, prepared.folded.T, w2)
             edge_epilogue.edge_epilogue(w2, x, mean, rstd, prepared, n, tile, out, packed, stash, keep)
             return
         if not schedule.holds_rows(x.shape[-1]):
@@ -235,18 +233,17 @@ class TritonPairKernels(TorchPairKernels):
         n: int,
         tile: Tile,
         sums: LayerSums,
-        room: Room,
-    ) -> Tensor:
+        out: Tensor,
+    ) -> None:
         schedule = self._products(x).hidden_gradient
         if schedule is None:
-            return super().hidden_gradient(scaled, hidden, x, state, mean, rstd, means, prepared, n, tile, sums, room)
+            super().hidden_gradient(scaled, hidden, x, state, mean, rstd, means, prepared, n, tile, sums, out)
+            return
         from gcng.kernels import edge_gradient_product
 
-        out = room()
         edge_gradient_product.edge_hidden_gradient(
             scaled, x, state.h0, mean, rstd, means, prepared, n, tile, None, out, sums.ff1_bias, state.packed, schedule
         )
-        return out
 
     def product_messages(
         self,
