@@ -16,12 +16,13 @@ _MODULES = (
 )  # fmt: skip
 _NAMES = {
     "BatchLayout": "gcng.batch_layout",
+    "empty_cache": "gcng.ops.recycled",
     "estimate_memory": "gcng.memory",
     "explain": "gcng.explanation",
     "reference_mode": "gcng.mode",
 }
 
-__all__ = ["BatchLayout", "__version__", "estimate_memory", "explain", "reference_mode", *_MODULES]
+__all__ = ["BatchLayout", "__version__", "empty_cache", "estimate_memory", "explain", "reference_mode", *_MODULES]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor
 from gcng.ops.dispatch import operand_dtype
 from gcng.ops.field_op import FIELD, FieldArguments, field_needs, grouped, keep_field, kept_field, split_arguments
 from gcng.ops.pair_field import FieldGradients, HiddenState, with_smaller_tiles
+from gcng.ops.recycled import packed_storage
 from gcng.ops.registration import define_field_autocast, define_gradient, define_op
 from gcng.ops.tiles import pair_count
 
@@ -23,9 +24,10 @@ def _edges(arguments: FieldArguments, pairs_per_tile: int, stash: bool) -> tuple
         raise ValueError(f"gcng::edges: stash needs a chain of one layer, got {len(field.layers)}")
 
     def run(pairs: int) -> tuple[Tensor, Tensor, Tensor]:
-        out = field.base.new_empty((pair_count(n), width))
-        kept = pair_count(n) if stash else 0
-        hidden, before = field.base.new_empty((kept, 4 * width)), field.base.new_empty((kept, width))
+        out, hidden, before = (
+            packed_storage(field.base, n if wanted else 0, channels)
+            for channels, wanted in ((width, True), (4 * width, stash), (width, stash))
+        )
         for tile in field.tiles(pairs):
             if len(field.layers) == 1:
                 kept_tensors = (hidden, before) if stash else None

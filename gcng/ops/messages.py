@@ -22,6 +22,7 @@ from gcng.ops.field_op import (
 )
 from gcng.ops.pair_field import FieldGradients, with_smaller_tiles
 from gcng.ops.products import accumulate, linear, product
+from gcng.ops.recycled import packed_storage
 from gcng.ops.registration import define_field_autocast, define_gradient, define_op
 from gcng.ops.tiles import pair_count
 
@@ -38,7 +39,7 @@ def _messages(
 
     def run(pairs: int) -> tuple[Tensor, Tensor]:
         out = field.base.new_zeros((n, channels), dtype=field.dtype)
-        kept = field.base.new_empty((pair_count(n) if stash else 0, channels))
+        kept = packed_storage(field.base, n if stash else 0, channels)
         for tile in field.tiles(pairs):
             kept_here = kept if stash else None
             from_nodes = not field.packed and not field.layers

@@ -21,6 +21,7 @@ from gcng.ops.gates import GateHead, moments
 from gcng.ops.layout import class_boundaries
 from gcng.ops.pair_field import PairField, with_smaller_tiles
 from gcng.ops.pair_kernels import GateSpread
+from gcng.ops.recycled import packed_storage
 from gcng.ops.registration import compute_dtype, define_field_autocast, define_gradient, define_op
 from gcng.ops.synthesis_tiles import EmbeddingGradients, Side, Synthesis, SyntheticGradients
 from gcng.ops.tiles import Tile, pair_count
@@ -79,7 +80,7 @@ class Gates(NamedTuple):
 def prepare_gates(field: PairField, head: HeadArguments, pairs: int, stash: bool) -> tuple[Gates, Tensor, Tensor]:
     """First pass of both phases: statistics of the field, and room for its gates."""
     mean, var = moments(field, pairs)
-    kept = field.base.new_empty((pair_count(field.n) if stash else 0, field.width))
+    kept = packed_storage(field.base, field.n if stash else 0, field.width)
     return Gates(field, GateHead(*head, mean, var, field), kept), mean, var
 
 

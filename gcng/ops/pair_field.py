@@ -28,6 +28,7 @@ from gcng.ops.pair_kernels import (
     Prepared,
 )
 from gcng.ops.products import accumulate
+from gcng.ops.recycled import packed_storage
 from gcng.ops.registration import compute_dtype
 from gcng.ops.tiles import Tile, plan_tiles
 
@@ -214,9 +215,11 @@ class FieldGradients:
 
     def __init__(self, field: PairField, *, need_base: bool, need_chain: bool) -> None:
         self.field, self.need_base, self.need_chain = field, need_base, need_chain
-        # Every packed gradient is written by one tile; those of the nodes are sums over tiles.
-        dtype = field.operand if field.packed else field.dtype
-        self.base = torch.zeros_like(field.base, dtype=dtype) if need_base else None
+        self.base = None
+        if need_base and field.packed:  # every gradient is written by one tile
+            self.base = packed_storage(field.base, field.n, field.width).zero_()
+        elif need_base:  # those of the nodes are sums over tiles
+            self.base = torch.zeros_like(field.base, dtype=field.dtype)
         self.sums = [LayerSums(prepared) for prepared in field.layers]
 
     @property
