@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import time
+
 import pytest
 import torch
 
@@ -79,6 +82,23 @@ def test_what_is_small_or_16_bit_comes_from_torch(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(recycled, "FEWEST_BYTES", 2**25)
     packed_storage(torch.zeros(1), N, WIDTH)
     assert not recycled._free
+
+
+def test_a_garbage_collection_in_the_middle_of_a_request_gives_back_without_waiting() -> None:
+    class Cycle:
+        pass
+
+    like, stop = torch.zeros(1), time.monotonic() + 5
+    found = gc.get_threshold()
+    gc.set_threshold(1, 1, 1)  # a collection at nearly every allocation of a container
+    try:
+        for width in [*range(2, 40), *range(40, 2, -1)]:
+            cycle = Cycle()
+            cycle.own, cycle.held = cycle, packed_storage(like, N, width)
+            del cycle
+            assert time.monotonic() < stop
+    finally:
+        gc.set_threshold(*found)
 
 
 def test_steps_in_recycled_memory_repeat_their_bits() -> None:

@@ -7,7 +7,6 @@ back is kept for the next one.
 
 from __future__ import annotations
 
-import threading
 import weakref
 
 import numpy as np
@@ -19,7 +18,6 @@ from gcng.ops.tiles import pair_count
 FEWEST_BYTES = 2**25  # what is smaller glibc's heap keeps for the next request by itself
 _ALIGNMENT = 64  # as torch aligns its own
 
-_lock = threading.Lock()
 _free: dict[int, list[np.ndarray]] = {}  # size in bytes -> buffers that no tensor uses
 
 
@@ -40,18 +38,19 @@ def packed_storage(like: Tensor, n: int, width: int) -> Tensor:
     return torch.from_numpy(lease).view(like.dtype).view(shape)
 
 
+# No lock: a garbage collection may call _give_back in the middle of either function, in the same thread. Each step is
+# atomic, and the worst that two threads can do to each other is to let go of a buffer.
 def _take(size: int) -> np.ndarray:
-    with _lock:
-        if _free.get(size):
-            return _free[size].pop()
+    try:
+        return _free[size].pop()
+    except (KeyError, IndexError):
         # Another size than before: the batch has changed, and what waits is of the old one.
         _free.clear()
-    return np.empty(size + _ALIGNMENT, np.uint8)
+        return np.empty(size + _ALIGNMENT, np.uint8)
 
 
 def _give_back(size: int, buffer: np.ndarray) -> None:
-    with _lock:
-        _free.setdefault(size, []).append(buffer)
+    _free.setdefault(size, []).append(buffer)
 
 
 def empty_cache() -> None:
@@ -60,5 +59,4 @@ def empty_cache() -> None:
     After a step, the stashes of its batch size stay with the process (docs/memory.md); a step on another size
     replaces them. Tensors in use are not touched.
     """
-    with _lock:
-        _free.clear()
+    _free.clear()
