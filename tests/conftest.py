@@ -75,3 +75,12 @@ def nan_filled_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     torch.utils.deterministic.fill_uninitialized_memory = filled
     torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For files whose sizes are so small that threads cost more than they give."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -40,13 +40,7 @@ every = 1
 """
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads cost more than they give at these sizes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -24,13 +24,7 @@ LOSSES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads cost more than they give at these sizes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def adam(golden, parameters, part):

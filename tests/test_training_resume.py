@@ -13,9 +13,9 @@ from gcng.training import trainer as trainer_module
 from gcng.training.errors import RunError
 from gcng.training.runs import states_equal as equal
 from gcng.training.signals import StopOnSignal
-from tests.training_run import EPOCHS, LENGTH, NoisyPoints, config, final_state, losses, one_thread, parts
+from tests.training_run import EPOCHS, LENGTH, NoisyPoints, config, final_state, losses, parts
 
-__all__ = ["one_thread"]  # a fixture that every test here uses
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

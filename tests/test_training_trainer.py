@@ -26,9 +26,9 @@ from gcng.training import (
 from gcng.training.records import RunReport
 from gcng.training.runs import states_equal as equal
 from gcng.training.trainer import Trainer
-from tests.training_run import EPOCHS, LENGTH, NoisyPoints, config, final_state, losses, one_thread, parts
+from tests.training_run import EPOCHS, LENGTH, NoisyPoints, config, final_state, losses, parts
 
-__all__ = ["one_thread"]  # a fixture that every test here uses
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run_and_keep_every_state(tmp_path, settings):

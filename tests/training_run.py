@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import nn
 from torch.utils.data import Dataset
@@ -78,12 +77,3 @@ def losses(settings, after=0):
     records = read_records(f"{settings.run.output}/log.jsonl")
     kept = [record for record in records if record["kind"] in ("step", "epoch") and record["step"] > after]
     return [{name: value for name, value in record.items() if name != "time"} for record in kept]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads cost more than they give at these sizes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
