@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -252,6 +253,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     add_arguments(parser)
     options = parser.parse_args(arguments)
+    # Ended by `timeout` or `kill`, it ends the process that measures too: that one would go on, disturb the next run, and
+    # at last write the results as they were when it began.
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     try:
         return measure(options)
     except ValueError as error:

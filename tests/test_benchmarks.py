@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -237,6 +239,21 @@ def test_a_smoke_run_writes_rows_and_a_second_run_goes_on(tmp_path):
     again = json.loads(path.read_text())
     assert again["rows"][0]["complete"] and again["rows"][0]["date"] >= row["date"]
     assert again["rows"][1] == results["rows"][1]
+
+
+def test_ending_the_measurement_ends_what_it_started(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.measure", "--smoke", "--json", str(tmp_path / "results.json")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as parent:
+        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+        deadline = time.monotonic() + 60
+        while not (started := children.read_text().split()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert started, "nothing was started"
+        parent.terminate()
+        assert parent.wait(30) == 128 + signal.SIGTERM
+    while any(Path(f"/proc/{child}").exists() for child in started) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{child}").exists() for child in started)
 
 
 def test_a_process_that_is_killed_costs_one_provider(tmp_path, monkeypatch):
