@@ -253,8 +253,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     add_arguments(parser)
     options = parser.parse_args(arguments)
-    # Ended by `timeout` or `kill`, it ends the process that measures too: that one would go on, disturb the next run, and
-    # at last write the results as they were when it began.
+    # Ended by `timeout` or `kill`, it ends the process that measures too: that one would go on, disturb the next run,
+    # and at last write the results as they were when it began.
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     try:
         return measure(options)
