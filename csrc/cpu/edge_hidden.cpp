@@ -15,9 +15,10 @@ void edge_hidden(const T* h0, bool packed, const T* bias, T* stash, const PairTi
       const T* from = h0 + (packed ? position : pair) * hidden_width;
       T* const kept = stash && !tile.below_diagonal(i, j) ? stash + position * hidden_width : nullptr;
       T* to = out + pair * hidden_width;
-      if (bias)  // into the place that is read next: the row stays in cache
+      if (bias) {  // into the place that is read next: the row stays in cache
         for_vectors<T>(hidden_width, [&](auto at, auto) { store(to, at, load(from, at) + load(bias, at)); });
-      if (bias) from = to;
+        from = to;
+      }
       if (kept) copy_row(from, hidden_width, kept);
       RowSum<T, 2> sum, squares;
       for_vectors<T, 2>(hidden_width, [&](auto at, auto k) {
