@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gcng.kernels.arithmetic import dot, round_to
 from gcng.kernels.launch import Schedule, launch
-from gcng.kernels.logit_tiles import gradient_of_logits, tile_of_logits
+from gcng.kernels.logit_tiles import tile_of_gradient
 
 
 @triton.jit
@@ -40,14 +40,11 @@ def logit_rows_gradient_kernel(
         start = (split.to(tl.int64) * tiles_per_split + tile) * BLOCK_C
         known = start + column < num_classes
         classes = tl.minimum(start + column, num_classes - 1)
-        logits = tile_of_logits(
-            rows_ptr, weight_ptr, bias_ptr, row, classes, width,
-            stride_rows_r, stride_rows_d, stride_weight_c, stride_weight_d, stride_bias,
+        gradient = tile_of_gradient(
+            rows_ptr, weight_ptr, bias_ptr, target_ptr, lse_ptr, scale_ptr, row, start, num_classes, width,
+            stride_rows_r, stride_rows_d, stride_weight_c, stride_weight_d, stride_bias, stride_target,
             BLOCK_R, BLOCK_C, BLOCK_D, EVEN_D, PRECISION, ACCUMULATOR,
         )  # fmt: skip
-        gradient = gradient_of_logits(
-            logits, target_ptr, lse_ptr, scale_ptr, row, start, num_classes, stride_target, BLOCK_C, ACCUMULATOR
-        )
         gradient = tl.where(known[None, :], gradient, 0.0)
         ptrs = weight_ptr + classes[:, None] * stride_weight_c + channel[None, :] * stride_weight_d
         weight = tl.load(ptrs, mask=known[:, None] & (channel < WIDTH)[None, :], other=0.0)
@@ -73,7 +70,6 @@ def logit_weight_gradient_kernel(
     place = tl.program_id(0).to(tl.int64) * BLOCK_C
     split = tl.program_id(1)
     column = tl.arange(0, BLOCK_C)
-    classes = tl.minimum(place + column, num_classes - 1)
     channel = tl.arange(0, BLOCK_W).to(tl.int64)
     total = tl.zeros((BLOCK_C, BLOCK_W), ACCUMULATOR)
     summed = tl.zeros((BLOCK_C,), ACCUMULATOR)
@@ -81,14 +77,11 @@ def logit_weight_gradient_kernel(
         first = (split.to(tl.int64) * tiles_per_split + tile) * BLOCK_R
         known = first + tl.arange(0, BLOCK_R) < num_rows
         row = tl.minimum(first + tl.arange(0, BLOCK_R), num_rows - 1)
-        logits = tile_of_logits(
-            rows_ptr, weight_ptr, bias_ptr, row, classes, width,
-            stride_rows_r, stride_rows_d, stride_weight_c, stride_weight_d, stride_bias,
+        gradient = tile_of_gradient(
+            rows_ptr, weight_ptr, bias_ptr, target_ptr, lse_ptr, scale_ptr, row, place, num_classes, width,
+            stride_rows_r, stride_rows_d, stride_weight_c, stride_weight_d, stride_bias, stride_target,
             BLOCK_R, BLOCK_C, BLOCK_D, EVEN_D, PRECISION, ACCUMULATOR,
         )  # fmt: skip
-        gradient = gradient_of_logits(
-            logits, target_ptr, lse_ptr, scale_ptr, row, place, num_classes, stride_target, BLOCK_C, ACCUMULATOR
-        )
         gradient = tl.where(known[:, None], gradient, 0.0)
         summed += tl.sum(gradient, 0)
         ptrs = rows_ptr + row[:, None] * stride_rows_r + channel[None, :] * stride_rows_d

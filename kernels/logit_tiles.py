@@ -127,12 +127,22 @@ def _exp_minus_one(x):
 
 
 @triton.jit
-def gradient_of_logits(
-    logits, target_ptr, lse_ptr, scale_ptr, row, start, num_classes, stride_target,
-    BLOCK_C: tl.constexpr, ACCUMULATOR: tl.constexpr,
+def tile_of_gradient(
+    rows_ptr, weight_ptr, bias_ptr, target_ptr, lse_ptr, scale_ptr, row, start, num_classes, width,
+    stride_rows_r, stride_rows_d, stride_weight_c, stride_weight_d, stride_bias, stride_target,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr, ACCUMULATOR: tl.constexpr,
 ):  # fmt: skip
-    """``scale (softmax - [class = target])`` of a tile of logits (rows, BLOCK_C), classes from ``start`` on."""
+    """``scale (softmax - [class = target])``, (BLOCK_R, BLOCK_C), classes from ``start`` on; logits computed again.
+
+    row: int64 indices within range. Classes beyond the last are those of the last: the caller leaves them out.
+    """
     column = tl.arange(0, BLOCK_C)
+    logits = tile_of_logits(
+        rows_ptr, weight_ptr, bias_ptr, row, tl.minimum(start + column, num_classes - 1), width,
+        stride_rows_r, stride_rows_d, stride_weight_c, stride_weight_d, stride_bias,
+        BLOCK_R, BLOCK_C, BLOCK_D, EVEN_D, PRECISION, ACCUMULATOR,
+    )  # fmt: skip
     lse = tl.load(lse_ptr + row)
     # lse in two parts: rounding it alone would cost as many digits as it has.
     high = lse.to(ACCUMULATOR)
@@ -172,14 +182,11 @@ def streamed_logit_panel_kernel(
     place_class = class_tile.to(tl.int64) * BLOCK_C + column
     stored_class = place_class < panel_classes
     start = first_class + class_tile.to(tl.int64) * BLOCK_C
-    logits = tile_of_logits(
-        rows_ptr, weight_ptr, bias_ptr, row, tl.minimum(start + column, num_classes - 1), width,
-        stride_rows_r, stride_rows_d, stride_weight_c, stride_weight_d, stride_bias,
+    gradient = tile_of_gradient(
+        rows_ptr, weight_ptr, bias_ptr, target_ptr, lse_ptr, scale_ptr, row, start, num_classes, width,
+        stride_rows_r, stride_rows_d, stride_weight_c, stride_weight_d, stride_bias, stride_target,
         BLOCK_R, BLOCK_C, BLOCK_D, EVEN_D, PRECISION, ACCUMULATOR,
     )  # fmt: skip
-    gradient = gradient_of_logits(
-        logits, target_ptr, lse_ptr, scale_ptr, row, start, num_classes, stride_target, BLOCK_C, ACCUMULATOR
-    )
     places = place_row[:, None] * panel_classes + place_class[None, :]
     store(panel_ptr + places, gradient, stored_row[:, None] & stored_class[None, :])
     if bias_parts_ptr is not None:
