@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -132,7 +133,7 @@ class Run:
             ]
             if self.options.smoke and self.options.plan:
                 command.append("--no-memory")  # a rehearsal of a GPU, where memory needs no processes of its own
-            done = subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True, check=False)
+            done = ended_together(command)
             return done.returncode, done.stdout + done.stderr
 
     def _module(self, module: str) -> None:
@@ -142,9 +143,25 @@ class Run:
         say(module.removeprefix("benchmarks."))
         command = [sys.executable, "-m", module, "--results", str(self.path), "--device", self.options.device]
         command += ["--threads", str(self.options.threads), *(["--smoke"] if self.options.smoke else [])]
-        done = subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True, check=False)
+        done = ended_together(command)
         if done.returncode:
             self.failures.append(f"{' '.join(command[1:])}:\n{(done.stdout + done.stderr)[-4000:]}")
+
+
+def ended_together(command: list[str]) -> subprocess.CompletedProcess:
+    """Run a process that ends when this one is ended by `timeout` or `kill`.
+
+    It would otherwise go on, disturb the next run, and at last write the results as they were when it began. The
+    handler stays for as long as the process only: what is forked later would inherit it, and a fork that waits inside
+    C, as a worker of a pool does, never comes to run it, so that nothing short of SIGKILL ends it.
+    """
+    if threading.current_thread() is not threading.main_thread():  # where no handler can be set
+        return subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True, check=False)
+    before = signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    try:
+        return subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True, check=False)
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: set by something other than Python
 
 
 def check_source(options: argparse.Namespace) -> None:
@@ -253,9 +270,6 @@ def main(arguments: list[str] | None = None) -> int:
     )
     add_arguments(parser)
     options = parser.parse_args(arguments)
-    # Ended by `timeout` or `kill`, it ends the process that measures too: that one would go on, disturb the next run,
-    # and at last write the results as they were when it began.
-    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     try:
         return measure(options)
     except ValueError as error:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -254,6 +255,18 @@ def test_ending_the_measurement_ends_what_it_started(tmp_path):
     while any(Path(f"/proc/{child}").exists() for child in started) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(Path(f"/proc/{child}").exists() for child in started)
+
+
+def test_a_measurement_leaves_no_signal_handler_behind(tmp_path):
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        show = [sys.executable, "-c", "print(1)"]
+        assert measure.ended_together(show).stdout == "1\n"
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(measure.ended_together, show).result().stdout == "1\n"
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_process_that_is_killed_costs_one_provider(tmp_path, monkeypatch):
