@@ -1,4 +1,5 @@
-"""What could be tuned on a GPU: every launch table around its shipped row, panel sizes, and where kernels spend time.
+"""What could be tuned on a GPU: launch tables around their shipped rows, kernels against products of the library, panel
+sizes, and where kernels spend time.
 
 Nothing here changes a table: it prints what each change of one field would give, and writes it to `sweeps` of the
 results file, which a table's line may then cite. A launch table is any function of `gcng.kernels` whose result is a
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+import itertools
 import os
 import pkgutil
 import statistics
@@ -32,6 +34,15 @@ from tests.closeness import relative_error
 
 ROUNDS = 5
 SECONDS = 45.0  # for all tables together
+CHOICE_SECONDS = 20.0  # for all choices between kernels together
+# Op -> what is chosen in it: fields of EdgeProducts, or a constant of the kernels' module.
+CHOICES = {
+    "edges": ("first_map", "second_map", "hidden_gradient"),
+    "iteration": ("mlp",),  # where nothing of the hidden layer is kept
+    "messages": ("messages",),
+    "class_cross_entropy": ("WITHOUT_PANELS",),
+}
+WIDTHS = (512, 128, 256)  # most valuable first
 OPS = ("class_cross_entropy", "messages", "edges", "attention", "synthesis")
 SETTING, ITERATION = Setting(1, 512, 1024), Setting(1, 512, 2048)
 PANELS = (1024, 4096, 8448, 16_896, 33_792)
@@ -46,7 +57,9 @@ def kernels_run(device: str) -> Iterator[bool]:
     if device.startswith("cuda"):
         yield True
     elif os.environ.get("TRITON_INTERPRET") == "1":
-        with importlib.import_module("gcng.ops.triton_path").triton_everywhere():
+        dispatch = importlib.import_module("gcng.ops.dispatch")
+        everywhere = importlib.import_module("gcng.ops.triton_path").triton_everywhere()
+        with everywhere, dispatch.forced_kernels(*dispatch.TRITON):
             yield True
     else:
         yield False
@@ -70,6 +83,17 @@ def launch_tables(modules: list[ModuleType]) -> dict[str, Callable]:
             if inspect.isclass(wanted) and issubclass(wanted, schedule):
                 found[f"{module.__name__.rpartition('.')[2]}.{name}"] = function
     return found
+
+
+@contextlib.contextmanager
+def value_replaced(module: ModuleType, name: str, by: object) -> Iterator[None]:
+    """A constant of a module is another one."""
+    before = getattr(module, name)
+    setattr(module, name, by)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
 
 
 @contextlib.contextmanager
@@ -139,20 +163,79 @@ def sweep(
             shipped_seconds = seconds_of(ready, rounds)
         if not asked:
             continue
-        row = {"operation": operation, "setting": setting.name, "precision": precision, "table": name}
-        row |= {"shipped": asdict(asked[0][2]), "seconds": shipped_seconds, "changes": []}
-        rows.append(row)
         first, shipped = asked[0][:2], asked[0][2]
-        for words, schedule in variants(shipped):
-            if time.time() > until:
-                row["changes"].append({"change": words, "reason": "no time left"})
-                continue
-            try:
-                with table_replaced(modules, table, answering(table, first, schedule)):
-                    row["changes"].append({"change": words} | timed_if_right(ready, wanted, rounds))
-            except Exception as error:  # too much shared memory, too few registers, a tile that does not divide
-                row["changes"].append({"change": words, "reason": one_line(error)})
+        ways = {
+            words: table_replaced(modules, table, answering(table, first, schedule))
+            for words, schedule in variants(shipped)
+        }
+        row = {"operation": operation, "setting": setting.name, "precision": precision, "table": name}
+        row |= {"shipped": asdict(shipped), "seconds": shipped_seconds}
+        rows.append(row | {"changes": timed_changes(ready, wanted, ways, until, rounds)})
     return rows
+
+
+def timed_changes(
+    ready: Ready,
+    wanted: dict[str, Tensor],
+    ways: dict[str, contextlib.AbstractContextManager],
+    until: float,
+    rounds: int = ROUNDS,
+) -> list[dict]:
+    """One entry per change, by its words: seconds inside its context, or the reason why there are none."""
+    changes = []
+    for words, changed in ways.items():
+        change = {"change": words}
+        if time.time() > until:
+            change |= {"reason": "no time left"}
+        else:
+            try:
+                with changed:
+                    change |= timed_if_right(ready, wanted, rounds)
+            except Exception as error:  # too much shared memory, too few registers, a tile that does not divide
+                change |= {"reason": one_line(error)}
+        changes.append(change)
+    return changes
+
+
+def choices(operation: str, setting: Setting, precision: str, device: str, until: float, rounds: int = ROUNDS) -> dict:
+    """A row like those of `sweep`, for what an op chooses between kernels: the other choices, one at a time."""
+    modules = kernel_modules()
+    if operation == "class_cross_entropy":
+        table, shipped, ways = _choice_of_panels(modules)
+    else:
+        width, dtype = setting.embedding_size, operations.PRECISIONS[precision]
+        table, shipped, ways = _choice_of_products(modules, CHOICES[operation], width, dtype, torch.device(device))
+    row = {"operation": operation, "setting": setting.name, "precision": precision, "table": table, "shipped": shipped}
+    if not ways or time.time() > until:
+        return row | {"changes": [], "reason": "no time left" if ways else "no other choice"}
+    provider = "gcng-recompute" if operation == "iteration" and device.startswith("cuda") else "gcng"
+    ready = operations.load(operation).prepare(provider, setting, precision, device)
+    row["seconds"] = seconds_of(ready, rounds)
+    return row | {"changes": timed_changes(ready, ready.arrays(), ways, until, rounds)}
+
+
+def _choice_of_panels(modules: list[ModuleType]) -> tuple[str, bool, dict[str, contextlib.AbstractContextManager]]:
+    (module,) = (one for one in modules if one.__name__.endswith(".class_cross_entropy"))
+    (name,) = CHOICES["class_cross_entropy"]
+    shipped = getattr(module, name)
+    words = "with panels" if shipped else "without panels"
+    return f"class_cross_entropy.{name}", shipped, {words: value_replaced(module, name, not shipped)}
+
+
+def _choice_of_products(
+    modules: list[ModuleType], chosen: tuple[str, ...], width: int, dtype: torch.dtype, device: torch.device
+) -> tuple[str, dict, dict[str, contextlib.AbstractContextManager]]:
+    (module,) = (one for one in modules if one.__name__.endswith(".product_tiles"))
+    architecture = importlib.import_module("gcng.kernels.launch").architecture(device)
+    table, known = module.edge_products, module.available_products(width, dtype, architecture)
+    shipped, library = table(width, dtype, architecture), module.EdgeProducts()
+    alone = {name: replace(library, **{name: getattr(known, name)}) for name in chosen}
+    ways = {
+        words: table_replaced(modules, table, lambda *_, products=products: products)
+        for words, products in {"products of the library": library, **alone}.items()
+        if any(getattr(products, name) != getattr(shipped, name) for name in chosen)
+    }
+    return "product_tiles.edge_products", asdict(shipped), ways
 
 
 def panels(setting: Setting, precision: str, device: str, sizes: tuple[int, ...]) -> list[dict]:
@@ -210,6 +293,15 @@ def main(arguments: list[str] | None = None) -> int:
         for name in OPS[: 1 if options.smoke else None] if running else ():
             setting = operations.load(name).tiny if options.smoke else SETTING
             rows += sweep(name, setting, precision, device, until, 1 if options.smoke else ROUNDS)
+            results.save()
+        until = time.time() + CHOICE_SECONDS
+        # Kernels with epilogues take 16 bits only, and the interpreter computes wrongly in bfloat16.
+        precision = "bfloat16" if on_gpu else "float16"
+        # Interpreted, a pass over the edges takes seconds.
+        asked = [("messages", 0), ("class_cross_entropy", 0)] if options.smoke else itertools.product(CHOICES, WIDTHS)
+        for name, width in asked if running else ():
+            setting = replace(SETTING, embedding_size=width) if width else operations.load(name).tiny
+            rows.append(choices(name, setting, precision, device, until, 1 if options.smoke else ROUNDS))
             results.save()
     results.finish("sweeps")
     for row in rows:

@@ -42,6 +42,8 @@ def test_a_dry_run_goes_through_every_part_and_a_second_one_skips_what_is_done(t
     assert "long-test_gpu_pairs" in status
     for name in ("rates", "stages", "overhead", "accuracy", "sweeps"):
         assert results[name], name
+    tables = {row["table"] for row in results["sweeps"]["tables"] if "seconds" in row and row["changes"]}
+    assert {"product_tiles.edge_products", "class_cross_entropy.WITHOUT_PANELS"} < tables
     names = {row["name"] for row in results["rows"] if row["complete"]}
     assert {entry.name for entries in plan.shrunk(plan.gpu_plan()).values() for entry in entries} == names
     timed = [row for row in results["rows"] if any("time" in one for one in row["providers"].values())]
