@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from gcng.data import ClassBalancedBatchSampler
@@ -274,3 +276,23 @@ def test_the_labels_may_come_from_a_subset_of_a_data_set() -> None:
     sampler = ClassBalancedBatchSampler(Subset(dataset, range(24, 60)), 3, 2, seed=0)
     assert sampler.num_classes == 3
     assert {index for batch in sampler for index in batch} == set(range(36))
+
+
+class Plain:
+    """What DataLoader takes for a dataset, and nothing more."""
+
+    def __init__(self, labels: list[int]) -> None:
+        self.labels_of_samples = labels
+
+    def __len__(self) -> int:
+        return len(self.labels_of_samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.zeros(2), self.labels_of_samples[index]
+
+
+def test_a_dataset_needs_no_base_class() -> None:
+    batches = list(ClassBalancedBatchSampler(Plain(EQUAL), 3, 4, seed=0))
+    assert batches == list(ClassBalancedBatchSampler(EQUAL, 3, 4, seed=0))
+    for column in (tuple(EQUAL), np.array(EQUAL), array("q", EQUAL), iter(EQUAL)):
+        assert list(ClassBalancedBatchSampler(column, 3, 4, seed=0)) == batches

@@ -142,7 +142,10 @@ class Inception(Residual):
         self, weights: str | None = None, aux_logits: bool = True, init_weights: bool | None = None
     ) -> None:
         super().__init__(weights)
+        if weights is not None and (not aux_logits or init_weights):
+            raise ValueError("The parameter 'aux_logits' expected value True but got False instead.")
         self.aux_logits, self.init_weights = aux_logits, init_weights
+        self.aux1 = self.aux2 = nn.Linear(2, 2) if aux_logits else None
 
 
 @pytest.fixture
@@ -186,8 +189,12 @@ def test_the_published_head_and_pooling(torchvision: ModuleType) -> None:
 
 def test_auxiliary_classifiers_are_left_out(torchvision: ModuleType) -> None:
     plain = build_extractor("torchvision:googlenet", 16)
-    assert (plain.aux_logits, plain.init_weights) == (False, True)
-    assert build_extractor("torchvision:googlenet", 16, weights="DEFAULT").init_weights is None
+    assert (plain.aux_logits, plain.init_weights, plain.aux1) == (False, True, None)
+    for options in ({}, {"aux_logits": False}):
+        loaded = build_extractor("torchvision:googlenet", 16, weights="DEFAULT", **options)
+        assert (loaded.aux_logits, loaded.init_weights, loaded.aux1, loaded.aux2) == (False, None, None, None)
+    kept = build_extractor("torchvision:googlenet", 16, weights="DEFAULT", aux_logits=True)
+    assert kept.aux_logits and kept.aux1 is not None
 
 
 def test_unknown_torchvision_models_and_options_are_refused(torchvision: ModuleType) -> None:

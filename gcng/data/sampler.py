@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -256,14 +256,19 @@ def mix_seed(*values: int) -> int:
 
 def _label_tensor(labels: Any) -> Tensor:
     name = "ClassBalancedBatchSampler: labels"
-    is_dataset = hasattr(labels, "targets") or hasattr(labels, "labels") or hasattr(labels, "datasets")
-    if is_dataset or isinstance(labels, torch.utils.data.Dataset):
-        values = dataset_labels(labels)
-    else:
-        values = as_labels(labels, name)
+    values = dataset_labels(labels) if _is_dataset(labels) else as_labels(labels, name)
     if len(values) == 0:
         raise ValueError(f"{name} is empty; the dataset has no samples")
     return values.contiguous()
+
+
+def _is_dataset(labels: Any) -> bool:
+    named = any(hasattr(labels, name) for name in ("targets", "labels", "datasets"))
+    if named or isinstance(labels, torch.utils.data.Dataset):
+        return True
+    # What DataLoader takes for a dataset needs no base class; columns of labels convert to arrays.
+    is_column = isinstance(labels, Tensor | Sequence) or hasattr(labels, "__array__")
+    return not is_column and hasattr(labels, "__getitem__") and hasattr(labels, "__len__")
 
 
 def _group(labels: Tensor, samples_per_class: int, small_classes: str) -> list[Tensor]:

@@ -131,12 +131,17 @@ def _build_torchvision(
         raise ValueError(
             f"build_extractor: torchvision has no model {name!r}; torchvision.models.list_models() lists them"
         )
-    if "googlenet" in name or "inception" in name:
-        # Their auxiliary classifiers would make the training output a tuple.
-        options = {"aux_logits": False, **options}
+    # Their auxiliary classifiers would make the training output a tuple. Published weights hold them, and torchvision
+    # refuses to leave them out while it loads those.
+    has_auxiliary = "googlenet" in name or "inception" in name
+    drops_auxiliary = has_auxiliary and not options.get("aux_logits")
+    if drops_auxiliary:
+        options.pop("aux_logits", None)
         if options.get("weights") is None:
-            options = {"init_weights": True, **options}
+            options = {"aux_logits": False, "init_weights": True, **options}
     model = models.get_model(name, **options)
+    if drops_auxiliary:
+        _drop_auxiliary_classifiers(model)
     if pooling == "average_max":
         if not isinstance(getattr(model, "avgpool", None), nn.Module):
             raise ValueError(
@@ -145,6 +150,13 @@ def _build_torchvision(
         model.avgpool = AverageMaxPool()
     replace_head(model, embedding_size, head=head)
     return model
+
+
+def _drop_auxiliary_classifiers(model: nn.Module) -> None:
+    model.aux_logits = False
+    for name in ("aux1", "aux2", "AuxLogits"):
+        if hasattr(model, name):
+            setattr(model, name, None)
 
 
 def _build_timm(name: str, embedding_size: int, *, head: str = "linear", **options: Any) -> nn.Module:
