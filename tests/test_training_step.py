@@ -72,6 +72,13 @@ def make():
     return extractor, criterion, optimizers, torch.randn(9, 6), torch.arange(9) % 3
 
 
+def test_optimizers_that_share_a_parameter_are_refused():
+    first, second = nn.Linear(3, 2), nn.Linear(3, 2)
+    adam = torch.optim.AdamW
+    with pytest.raises(ValueError, match=r"of extractor and classifier share a parameter of shape \(2,\)"):
+        Optimizers(adam([first.weight, second.bias]), adam([second.weight]), adam([second.bias]))
+
+
 def step(parts, **options):
     extractor, criterion, optimizers, inputs, labels = parts
     return train_step(extractor, criterion, inputs, labels, optimizers, **options)

@@ -7,6 +7,7 @@ import io
 import math
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from gcng.training import (
     read_records,
     save_checkpoint,
 )
+from gcng.training.checkpoint import CheckpointFolder
 from gcng.training.records import RunReport
 from gcng.training.runs import states_equal as equal
 from gcng.training.trainer import Trainer
@@ -199,8 +201,6 @@ def test_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         return original(folder, step, state, **options)
 
-    from gcng.training.checkpoint import CheckpointFolder
-
     original = CheckpointFolder.save
     monkeypatch.setattr(CheckpointFolder, "save", failing_save)
     result = fit(settings, stream=stream, **parts())
@@ -210,6 +210,22 @@ def test_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(CheckpointFolder, "save", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "full")))
     with pytest.raises(CheckpointError, match="the last checkpoint could not be written"):
         fit(config(tmp_path / "other"), stream=io.StringIO(), **parts())
+
+
+def test_a_best_state_that_was_not_saved_is_not_the_best(tmp_path, monkeypatch):
+    found, original = iter((0.5, 0.9, 0.6)), CheckpointFolder.save
+
+    def full_at_the_second(folder, step, state, **options):
+        if step == 2 * LENGTH:
+            raise OSError(28, "No space left on device")
+        return original(folder, step, state, **options)
+
+    monkeypatch.setattr(CheckpointFolder, "save", full_at_the_second)
+    monkeypatch.setattr("gcng.training.trainer.evaluate", lambda *_, **__: {"recall_at_1": next(found)})
+    settings = config(tmp_path / "run", "evaluation.every=1", "checkpoint.best_metric=recall_at_1", "checkpoint.keep=9")
+    result = fit(settings, stream=io.StringIO(), **parts())
+    assert result.best == {"recall_at_1": 0.6}
+    assert Path(result.best_checkpoint).name == f"step-{3 * LENGTH:09d}.pt"
 
 
 def test_checkpoints_within_an_epoch(tmp_path):

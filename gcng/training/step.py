@@ -25,11 +25,26 @@ class Optimizers:
         extractor: For the embedding extractor; stepped once an iteration.
         graph: For ``criterion.graph``; stepped twice, with one and the same optimizer state.
         classifier: For ``criterion.classifier``; stepped once.
+
+    Raises:
+        ValueError: Two of them hold the same parameter, which an iteration would then step with two gradients.
     """
 
     extractor: Optimizer
     graph: Optimizer
     classifier: Optimizer
+
+    def __post_init__(self) -> None:
+        owners: dict[int, str] = {}
+        for name in ("extractor", "graph", "classifier"):
+            for group in getattr(self, name).param_groups:
+                for parameter in group["params"]:
+                    owner = owners.setdefault(id(parameter), name)
+                    if owner != name:
+                        raise ValueError(
+                            f"Optimizers: the optimizers of {owner} and {name} share a parameter of shape "
+                            f"{tuple(parameter.shape)}; give each the parameters of its own part only"
+                        )
 
 
 class StepTerms(NamedTuple):

@@ -352,11 +352,15 @@ class Trainer:
             metrics = self._evaluate(report, stop)
         self.criterion.schedule.end_epoch()
         self._step_schedules()
+        best_before = self.progress.best
         is_best = metrics is not None and self.progress.evaluated(metrics, self.config.checkpoint.best_metric)
         report.event("epoch", self.step, epoch=self.epoch, **self.progress.end_epoch())
         if stop.requested:
             self._stop(report, is_best=is_best)
-        (self._save_last if number == epochs else self._save_or_warn)(report, is_best=is_best)
+        if number == epochs:
+            self._save_last(report, is_best=is_best)
+        elif not self._save_or_warn(report, is_best=is_best):
+            self.progress.best = best_before  # the best that a checkpoint holds
 
     def _evaluate(self, report: RunReport, stop: StopOnSignal) -> dict[str, float]:
         def watch(done: int, total: int) -> None:
@@ -375,12 +379,14 @@ class Trainer:
         self._save_last(report, is_best=is_best)
         raise Interrupted(f"stopped after step {self.step}; continue with --resume")
 
-    def _save_or_warn(self, report: RunReport, *, is_best: bool = False) -> None:
+    def _save_or_warn(self, report: RunReport, *, is_best: bool = False) -> bool:
         # A full disk in the middle of a run costs a checkpoint, not the run: the earlier ones are whole.
         try:
             report.event("checkpoint", self.step, file=self.save(is_best=is_best).name)
         except OSError as error:
             report.warning(self.step, f"checkpoint of step {self.step} not written: {error}; earlier ones are whole")
+            return False
+        return True
 
     def _save_last(self, report: RunReport, *, is_best: bool = False) -> None:
         try:
