@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import gcng
 
@@ -154,8 +155,16 @@ def test_the_pinned_torch_satisfies_the_declared_bound():
     requirements = (ROOT / "requirements.txt").read_text(encoding="utf-8")
     pinned = re.search(r"^torch==(\d+)\.(\d+)", requirements, re.MULTILINE)
     dependencies = project_table()["project"]["dependencies"]
-    bound = next(filter(None, (re.fullmatch(r"torch>=(\d+)\.(\d+)", line) for line in dependencies)))
+    bound = next(filter(None, (re.match(r"torch>=(\d+)\.(\d+)", line) for line in dependencies)))
     assert [int(part) for part in pinned.groups()] >= [int(part) for part in bound.groups()]
+
+
+@pytest.mark.parametrize("version", ["2.11.0", "2.11.0+cu130", "2.11.0a0+eb65b36914.nv26", "2.11.0.dev20260101"])
+def test_an_installed_torch_of_any_build_is_kept(version):
+    (bound,) = (line for line in project_table()["project"]["dependencies"] if line.startswith("torch"))
+    requirement = Requirement(bound)
+    assert requirement.specifier.contains(version)
+    assert not requirement.specifier.contains("2.10.1")
 
 
 def environment_names(tree: ast.Module) -> set[str]:
