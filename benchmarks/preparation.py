@@ -14,7 +14,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import machine, memory, operations, rates
-from benchmarks.gate import assert_gcng_close, assert_same_formula
+from benchmarks.gate import assert_gcng_close, assert_same_formula, formula_error, peer_limit
 from benchmarks.memory import one_line
 from benchmarks.operations import Operation, Ready, Unavailable
 from benchmarks.plan import COMPILING, Case, Entry, providers_of
@@ -200,12 +200,15 @@ class Preparation:
 
     def _error(self, ready: Ready, arrays: dict, truth: dict, baseline: dict | None) -> float:
         """The worst relative error of a provider that passes its gate; without a baseline the caps of a peer hold."""
-        name, precision = ready.provider, self.current.entry.precision
+        name, entry = ready.provider, self.current.entry
+        precision = entry.precision
         if ready.inputs.leaves and not ready.differentiates:  # a peer without a backward
             truth = {key: x for key, x in truth.items() if not key.startswith("grad ")}
         if name in OURS and baseline is not None and self.current.row["truth"].endswith("float64"):
             return assert_gcng_close(ready.operation, name, arrays, truth, baseline, precision)
-        return assert_same_formula(name, arrays, truth, precision)
+        formula_error(ready.operation.name, name, entry.setting)
+        limit = peer_limit(ready.operation, name, entry.setting, precision)
+        return assert_same_formula(name, arrays, truth, precision, limit)
 
     def _make(self, operation: Operation, name: str) -> Ready | None:
         row, entry = self.current.row["providers"][name], self.current.entry
