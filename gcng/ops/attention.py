@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gcng.mode import in_reference_mode
 from gcng.ops.blocks import labels_beside, spans
-from gcng.ops.registration import compute_dtype, define_autocast, define_gradient, define_op
+from gcng.ops.registration import compute_dtype, define_gradient, define_op, define_product_autocast
 from gcng.ops.triton_path import runs_triton
 from gcng.ops.validation import (
     check_channels,
@@ -197,7 +197,7 @@ def _gradient(ctx, grad: Tensor, _grad_shares: Tensor) -> tuple[Tensor | None, .
 
 
 define_gradient("negative_attention", _gradient, _setup_context)
-define_autocast("negative_attention")
+define_product_autocast(_forward)
 
 
 def negative_attention(q: Tensor, k: Tensor, v: Tensor, labels: Tensor) -> Tensor:
@@ -215,8 +215,9 @@ def negative_attention(q: Tensor, k: Tensor, v: Tensor, labels: Tensor) -> Tenso
         labels: (N,) any integer dtype, on the device of ``q`` or on the CPU; classes in any order.
 
     Returns:
-        (N, H, h) in the dtype of ``q`` (float32 under autocast). A NaN or infinity reaches only the receivers
-        that attend to it: samples of the same class keep their results bit for bit.
+        (N, H, h) in the dtype of ``q``. A NaN or infinity reaches only the receivers that attend to it: samples
+        of the same class keep their results bit for bit. Under autocast q, k, v and the result are float32 on the
+        CPU, and on a GPU the dtype autocast was asked for; scores, softmax and sums are float32 on both.
 
     Raises:
         ValueError: wrong shape, different shapes or devices. TypeError: wrong or mixed dtypes.

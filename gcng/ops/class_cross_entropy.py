@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gcng.mode import in_reference_mode
 from gcng.ops.blocks import labels_beside
-from gcng.ops.registration import compute_dtype, define_autocast, define_gradient, define_op
+from gcng.ops.registration import compute_dtype, define_gradient, define_op, define_product_autocast
 from gcng.ops.streamed_logits import streamed_logit_gradient, streamed_logsumexp
 from gcng.ops.validation import (
     check_channels,
@@ -127,7 +127,7 @@ def _gradient(ctx, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]
 
 
 define_gradient("linear_cross_entropy", _gradient, _setup_context)
-define_autocast("linear_cross_entropy")
+define_product_autocast(_forward)
 
 
 def linear_cross_entropy(
@@ -153,7 +153,9 @@ def linear_cross_entropy(
         reduction: ``"mean"`` over the rows that are not ignored, ``"sum"`` or ``"none"``.
 
     Returns:
-        0-dim, or (N,) for ``"none"``; float32, float64 for float64 inputs.
+        0-dim, or (N,) for ``"none"``; float32, float64 for float64 inputs. Under autocast x, weight and bias are
+        taken in float32 on the CPU, and on a GPU in the dtype autocast was asked for; logits, softmax and sums are
+        float32 on both.
 
     Raises:
         ValueError: wrong shapes or devices, unknown reduction, or, on the CPU, a target that is no class

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -86,10 +86,23 @@ def any_needed(needs: Any) -> bool:
     return any(needs) if isinstance(needs, (list, tuple)) else bool(needs)
 
 
-def define_autocast(name: str, dtype: torch.dtype = torch.float32, devices: tuple[str, ...] = ("cpu", "cuda")) -> None:
-    """Under autocast, cast the floating inputs of an op to ``dtype``, so that mixed node dtypes meet in one."""
-    for device in devices:
-        torch.library.register_autocast(f"gcng::{name}", device, dtype, lib=LIBRARY)
+def define_autocast(name: str) -> None:
+    """Under autocast, cast the floating inputs of an op to float32, so that mixed node dtypes meet in one."""
+    for device in ("cpu", "cuda"):
+        torch.library.register_autocast(f"gcng::{name}", device, torch.float32, lib=LIBRARY)
+
+
+def define_product_autocast(op: Any) -> None:
+    """Under autocast, an op whose time is in products of its inputs: cast them as autocast casts those of ``linear``.
+
+    On a GPU that is the dtype autocast was asked for, and what is summed up stays float32 as for any 16-bit input.
+    On the CPU it is float32.
+    """
+
+    def cast(arguments: Sequence[Any], device: str, operand: torch.dtype) -> list[Any]:
+        return [cast_floating(x, device, operand) for x in arguments]
+
+    _register_autocast(op, cast)
 
 
 def define_field_autocast(op: Any, base: str = "base") -> None:
@@ -99,21 +112,29 @@ def define_field_autocast(op: Any, base: str = "base") -> None:
     float32. Statistics, node tensors and weights arrive in float32 on both.
     """
     position = [argument.name for argument in op._schema.arguments].index(base)
+
+    def cast(arguments: Sequence[Any], device: str, operand: torch.dtype) -> list[Any]:
+        wide = [cast_floating(x, device, torch.float32) for x in arguments]
+        wide[position] = cast_floating(arguments[position], device, operand)
+        return wide
+
+    _register_autocast(op, cast)
+
+
+def _register_autocast(op: Any, cast: Callable[[Sequence[Any], str, torch.dtype], list[Any]]) -> None:
+    """Call an op below autocast, with what ``cast`` makes of its arguments, the device, and the dtype of operands."""
     name = op._schema.name.split("::")[1]
     for device in ("cpu", "cuda"):
-        key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}")
+        place = f"Autocast{device.upper()}"
+        key = getattr(torch._C.DispatchKey, place)
 
-        def cast(*arguments: Any, key: Any = key, device: str = device) -> Any:
-            narrow = torch.get_autocast_dtype(device) if device == "cuda" else torch.float32
+        def below(*arguments: Any, key: Any = key, device: str = device) -> Any:
+            operand = torch.get_autocast_dtype(device) if device == "cuda" else torch.float32
             with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-                wide = [cast_floating(x, device, torch.float32) for x in arguments]
-                wide[position] = cast_floating(arguments[position], device, narrow)
-                return op(*wide)
+                return op(*cast(arguments, device, operand))
 
-        op.py_impl(key)(cast)
-        LIBRARY.impl(
-            name, lambda _keys, *arguments, cast=cast: cast(*arguments), f"Autocast{device.upper()}", with_keyset=True
-        )
+        op.py_impl(key)(below)
+        LIBRARY.impl(name, lambda _keys, *arguments, below=below: below(*arguments), place, with_keyset=True)
 
 
 def cast_floating(value: Any, device: str, dtype: torch.dtype) -> Any:
