@@ -119,6 +119,7 @@ def test_help_names_the_commands_that_exist_and_every_key(capsys):
         (["env", "--loss.alpha", "4"], "gcng env takes no settings"),
         (["eval"], "give either a file of embeddings or --checkpoint PATH"),
         (["eval", "absent.npz"], "absent.npz does not exist"),
+        (["train", "--seed", str(2**63)], "run.seed must be below 9223372036854775808"),
         (["eval", "absent.npz", "--seed", "3"], "run.seed is a setting of a run; it needs --checkpoint"),
         (["embed", "--checkpoint", "x", "--output", "y.txt"], "--output must end in .npz, got y.txt"),
         (["embed", "--checkpoint", "x", "--output", "no/y.npz"], "the folder no does not exist"),
@@ -288,6 +289,13 @@ def arrays(tmp_path):
     np.savez(tmp_path / "unlabeled.npz", embeddings=query)
     np.savez(tmp_path / "pickled.npz", embeddings=np.array([{}], dtype=object), labels=labels)
     np.savez(tmp_path / "floats.npz", embeddings=query, labels=labels.astype("float32"))
+    np.savez(tmp_path / "wide.npz", embeddings=query.astype("longdouble"), labels=labels)
+    np.save(tmp_path / "swapped.npy", query.astype(query.dtype.newbyteorder()))
+    whole = (tmp_path / "query.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    middle = whole.index(query.tobytes()[:16])
+    (tmp_path / "flipped.npz").write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    (tmp_path / "array.npz").write_bytes((tmp_path / "query.npy").read_bytes())
     return tmp_path
 
 
@@ -300,7 +308,8 @@ def test_evaluation_of_files(arrays, monkeypatch, capsys):
     alone = evaluate_retrieval(*pairs[:2], k=(1, 3))
     against = evaluate_retrieval(*pairs, k=(1, 2, 4, 8))
     words = ["eval", "query.npy", "--labels", "labels.npy", "--k", "1", "3", "--json"]
-    for given in (words, ["eval", "query.npz", "--k", "1", "3", "--json"]):
+    swapped = ["eval", "swapped.npy", *words[2:]]
+    for given in (words, swapped, ["eval", "query.npz", "--k", "1", "3", "--json"]):
         assert main(given) == 0
         assert json.loads(capsys.readouterr().out) == alone
     for reference in (["gallery.npz"], ["gallery.npy", "--reference-labels", "gallery_labels.npy"]):
@@ -320,6 +329,11 @@ def test_evaluation_of_files(arrays, monkeypatch, capsys):
         (["unlabeled.npz"], "has no array 'labels'; it has embeddings"),
         (["pickled.npz"], "array 'embeddings' cannot be read"),
         (["floats.npz"], "must be integers, got float32"),
+        (["wide.npz"], "cannot be used: can't convert np.ndarray of type numpy.longdouble"),
+        (["cut.npz"], "cut.npz is not a NumPy file of plain arrays"),
+        (["flipped.npz"], "flipped.npz: array 'embeddings' cannot be read: Bad CRC-32"),
+        (["array.npz"], "array.npz must hold an archive of arrays, as in a .npz file, but holds one array"),
+        (["query.npy", "--labels", "query.npz"], "query.npz must hold one array, as in a .npy file"),
         (["query.npz", "--k", "0"], "0"),
     ],
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +69,7 @@ def read_embeddings(path: str, labels_path: str | None, labels_flag: str) -> tup
     if Path(path).suffix == ".npz":
         if labels_path is not None:
             raise ConfigError(f"{labels_flag} goes with a .npy file; {path} holds its labels itself")
-        with _opened(path) as arrays:
+        with _opened(path, "npz") as arrays:
             missing = [name for name in ("embeddings", "labels") if name not in arrays]
             if missing:
                 raise ConfigError(f"{path} has no array {missing[0]!r}; it has {', '.join(arrays) or 'none'}")
@@ -75,25 +77,35 @@ def read_embeddings(path: str, labels_path: str | None, labels_flag: str) -> tup
     else:
         if labels_path is None:
             raise ConfigError(f"{path} holds no labels: give them with {labels_flag} FILE.npy, or use a .npz")
-        embeddings, labels = _opened(path), _opened(labels_path)
+        embeddings, labels = _opened(path, "npy"), _opened(labels_path, "npy")
     if not numpy.issubdtype(labels.dtype, numpy.integer):
         raise ConfigError(f"labels of {path} must be integers, got {labels.dtype}")
-    return torch.from_numpy(numpy.ascontiguousarray(embeddings)), torch.from_numpy(labels.astype("int64"))
+    # Torch takes the machine's byte order only.
+    embeddings = numpy.ascontiguousarray(embeddings.astype(embeddings.dtype.newbyteorder("="), copy=False))
+    try:
+        return torch.from_numpy(embeddings), torch.from_numpy(labels.astype("int64"))
+    except TypeError as error:
+        raise ConfigError(f"{path}: embeddings of {embeddings.dtype} cannot be used: {error}") from None
 
 
-def _opened(path: str) -> Any:
+def _opened(path: str, kind: str) -> Any:
+    """An array (kind "npy") or an archive ("npz") of arrays."""
     import numpy
 
     try:
-        return numpy.load(path, allow_pickle=False)
+        found = numpy.load(path, allow_pickle=False)
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist") from None
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ConfigError(f"{path} is not a NumPy file of plain arrays: {error}") from None
+    if isinstance(found, numpy.ndarray) != (kind == "npy"):
+        kinds = {"npy": "one array, as in a .npy file", "npz": "an archive of arrays, as in a .npz file"}
+        raise ConfigError(f"{path} must hold {kinds.pop(kind)}, but holds {kinds.popitem()[1]}")
+    return found
 
 
 def _array(arrays: Any, name: str, path: str) -> Any:
     try:
         return arrays[name]
-    except ValueError as error:  # an array of objects
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:  # damage, or an array of objects
         raise ConfigError(f"{path}: array {name!r} cannot be read: {error}") from None

@@ -38,7 +38,7 @@ class RunConfig:
     """Where and how the run takes place."""
 
     output: str = bounded("runs/gcng", "folder of the log and the checkpoints")
-    seed: int = bounded(0, "seed of weights, batches, augmentation, mixing and dropout", at_least=0)
+    seed: int = bounded(0, "seed of weights, batches, augmentation, mixing and dropout", at_least=0, below=2**63)
     device: str = bounded("auto", "auto, cpu, cuda or cuda:INDEX")
     precision: str = bounded(
         "float32", "autocast dtype of the extractor and the ops", choices=("float32", "bfloat16", "float16")
