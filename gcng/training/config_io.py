@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import json
 import math
+import re
 import tomllib
 import types
 import typing
@@ -22,6 +23,8 @@ from gcng.memory import parse_bytes
 from gcng.training.config import FREE_ON_RESUME, Config
 from gcng.training.errors import ConfigError
 
+_HEADER = re.compile(r"""\s*\[\s*["']?([\w-]+)["']?\s*\]""")
+_ASSIGNMENT = re.compile(r"""\s*["']?([\w.-]+)["']?\s*=""")
 _SECTIONS = {section.name: section.default_factory for section in dataclasses.fields(Config)}
 
 
@@ -71,7 +74,7 @@ def load_config(
             or malformed file. The message names the file, the key and the nearest valid key.
     """
     values: dict[str, Any] = {} if base is None else flatten(base, "saved configuration")
-    file_values = {} if path is None else read_toml(path)
+    file_values, lines = ({}, {}) if path is None else _read_located(path)
     named = file_values.pop("recipe", None)
     if recipe is None and named is not None:
         if not isinstance(named, str):
@@ -80,7 +83,7 @@ def load_config(
     if recipe is not None:
         values.update(flatten(_read_recipe(recipe), f"recipe {recipe}"))
     if path is not None:
-        values.update(flatten(file_values, str(path)))
+        values.update(flatten(file_values, str(path), lines))
     if isinstance(overrides, Mapping):
         values.update({key: (value, "override") for key, value in overrides.items()})
     else:
@@ -99,9 +102,14 @@ def _read_recipe(name: str) -> dict[str, Any]:
 
 def read_toml(path: str | Path) -> dict[str, Any]:
     """Read a TOML file as nested dictionaries; ConfigError with the line where it is malformed."""
+    return _read_located(path)[0]
+
+
+def _read_located(path: str | Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """The values of a TOML file, and the line of each section and dotted key."""
     try:
-        with open(path, "rb") as file:
-            return tomllib.load(file)
+        text = Path(path).read_bytes().decode()
+        return tomllib.loads(text.replace("\r\n", "\n")), _lines_of(text)
     except FileNotFoundError:
         raise ConfigError(
             f"config file {path} does not exist; `gcng recipes show NAME` prints one to start from"
@@ -112,16 +120,38 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"config file {path} is not valid TOML: {error}") from None
 
 
-def flatten(nested: Mapping[str, Any], source: str) -> dict[str, tuple[Any, str]]:
-    """``{"loss": {"alpha": 4}}`` to ``{"loss.alpha": (4, source)}``; unknown sections are ConfigErrors."""
+def _lines_of(text: str) -> dict[str, int]:
+    """Where sections and keys stand, ``{"loss": 1, "loss.alpha": 2}``, for messages only: tomllib does not say."""
+    lines: dict[str, int] = {}
+    section = ""
+    for number, line in enumerate(text.splitlines(), start=1):
+        if header := _HEADER.match(line):
+            section = header[1]
+            lines.setdefault(section, number)
+        elif assignment := _ASSIGNMENT.match(line):
+            lines.setdefault(f"{section}.{assignment[1]}" if section else assignment[1], number)
+    return lines
+
+
+def flatten(
+    nested: Mapping[str, Any], source: str, lines: Mapping[str, int] = types.MappingProxyType({})
+) -> dict[str, tuple[Any, str]]:
+    """``{"loss": {"alpha": 4}}`` to ``{"loss.alpha": (4, source)}``; unknown sections are ConfigErrors.
+
+    ``lines``: where sections and keys stand in the file that is the source, which then says so.
+    """
+
+    def place(name: str) -> str:
+        return f"{source}:{lines[name]}" if name in lines else source
+
     flat = {}
     for section, content in nested.items():
         if section not in _SECTIONS:
-            raise ConfigError(f"{source}: unknown section [{section}]{_nearest(section, _SECTIONS)}")
+            raise ConfigError(f"{place(section)}: unknown section [{section}]{_nearest(section, _SECTIONS)}")
         if not isinstance(content, Mapping):
-            raise ConfigError(f"{source}: {section} must be a table ([{section}]), got {content!r}")
+            raise ConfigError(f"{place(section)}: {section} must be a table ([{section}]), got {content!r}")
         for name, value in content.items():
-            flat[f"{section}.{name}"] = (value, source)
+            flat[f"{section}.{name}"] = (value, place(f"{section}.{name}"))
     return flat
 
 
