@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import resource
@@ -158,6 +159,23 @@ def test_kill_at_any_moment_loses_at_most_one_save(tmp_path):
     assert step > 0
     folder.save(step + 1, STATE, manifest={})
     assert not list(tmp_path.glob("*.tmp.*"))  # leftovers of the kills are gone
+
+
+def test_what_a_living_process_writes_stays(tmp_path):
+    parent, dead = os.getppid(), 2**22 + 7  # beyond the largest process number of Linux
+    for pid in (parent, dead, os.getpid(), "x"):
+        (tmp_path / f"step-000000009.pt.tmp.{pid}").touch()
+    CheckpointFolder(tmp_path).save(1, STATE, manifest={})
+    assert [path.name for path in tmp_path.glob("*.tmp.*")] == [f"step-000000009.pt.tmp.{parent}"]
+
+
+def test_the_best_is_never_looked_for_in_another_folder(tmp_path):
+    CheckpointFolder(tmp_path / "a").save(1, STATE, manifest={}, is_best=True)
+    own = CheckpointFolder(tmp_path / "b")
+    own.save(2, STATE, manifest={}, is_best=True)
+    for name in ("../a/step-000000001.pt", str(tmp_path / "a" / "step-000000001.pt"), "", 5):
+        (own.folder / "best.json").write_text(json.dumps({"file": name}))
+        assert own.best_file() is None
 
 
 def test_keeps_the_newest_and_the_best(tmp_path):

@@ -174,6 +174,19 @@ class Loaded:
     problems: tuple[str, ...]
 
 
+def _is_alive(pid: str) -> bool:
+    """Whether another process of this machine may still be writing; what is no process number was never ours."""
+    if not pid.isdecimal() or int(pid) == os.getpid():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True  # somebody else's, or not to be told
+    return True
+
+
 class CheckpointFolder:
     """The checkpoints of one run: ``step-000000012.pt`` files and ``best.json``, which names one of them.
 
@@ -199,11 +212,11 @@ class CheckpointFolder:
     def best_file(self) -> Path | None:
         """The checkpoint with the best evaluation, or None."""
         try:
-            name = json.loads((self.folder / "best.json").read_text())["file"]
+            name = str(json.loads((self.folder / "best.json").read_text())["file"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        path = self.folder / str(name)
-        return path if _NAME.fullmatch(path.name) and path.is_file() else None
+        path = self.folder / name
+        return path if _NAME.fullmatch(name) and path.is_file() else None  # a bare name: never in another folder
 
     def save(self, step: int, state: dict[str, Any], *, manifest: dict[str, Any], is_best: bool = False) -> Path:
         """Write the checkpoint of ``step``, point ``best.json`` at it if asked to, remove old ones."""
@@ -236,7 +249,8 @@ class CheckpointFolder:
             if path != best:
                 path.unlink(missing_ok=True)
         for path in self.folder.glob("*.tmp.*"):  # left by a process that was killed while it wrote
-            path.unlink(missing_ok=True)
+            if not _is_alive(path.suffix[1:]):
+                path.unlink(missing_ok=True)
 
     def load_newest(self, check: Callable[[dict[str, Any]], None] = lambda state: None) -> Loaded:
         """Load the newest usable checkpoint; damaged newer ones are skipped and named in ``problems``.
