@@ -160,6 +160,18 @@ def test_budget_bounds_what_is_allocated(monkeypatch: pytest.MonkeyPatch) -> Non
     assert sizes[1] >= 300 * 299
 
 
+def test_wide_queries_are_copied_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied, original = [], retrieval.nearest_neighbors
+
+    def noted(queries, *others):
+        copied.append(queries.numel() * 8)
+        return original(queries, *others)
+
+    monkeypatch.setattr(retrieval, "nearest_neighbors", noted)
+    evaluate_retrieval(torch.randn(600, 512), torch.arange(600) // 2, k=(1,), memory_budget=2**20)
+    assert max(copied) <= 2**20 and sum(copied) == 600 * 512 * 8
+
+
 def test_one_large_class_does_not_lengthen_all_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     """Queries of small classes ask for few neighbors, when the budget makes blocks at all."""
     asked = []

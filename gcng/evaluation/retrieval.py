@@ -39,9 +39,9 @@ def _check_ranks(k: Sequence[int]) -> tuple[int, ...]:
 def _check_finite(name: str, x: Tensor) -> None:
     """Refuse NaN and infinity, without a copy: a ranking with them would look like a result."""
     for rows in spans(x.shape[0], 4096):
-        wrong = ~x[rows].isfinite().all(-1)
-        if bool(wrong.any()):
-            first = rows.start + int(wrong.nonzero()[0])
+        smallest, largest = x[rows].aminmax()  # NaN if there is one
+        if not bool(smallest.isfinite() & largest.isfinite()):
+            first = rows.start + int(x[rows].isfinite().all(-1).logical_not().nonzero()[0])
             raise ValueError(
                 f"evaluate_retrieval: {name} has a NaN or an infinity in row {first}; check the "
                 "embeddings, e.g. for a diverged training"
@@ -144,7 +144,7 @@ def _all_queries(
     blocks = [torch.empty((0, len(_metric_names(ranks))), dtype=torch.float64, device=query.device)]
     start = 0
     while start < len(order):
-        rows = order[start : start + _block_size(relevant, order, start, ranks, budget)]
+        rows = order[start : start + _block_size(relevant, order, start, ranks, budget, query.shape[1])]
         neighbors = min(max(*ranks, int(relevant[rows[-1]])), gallery.shape[0])
         indices = nearest_neighbors(query[rows], gallery, neighbors, rows if self_excluded else None)[1]
         hits = (gallery_labels[indices.clamp(min=0)] == query_labels[rows, None]) & (indices >= 0)
@@ -153,12 +153,15 @@ def _all_queries(
     return torch.cat(blocks)
 
 
-def _block_size(relevant: Tensor, order: Tensor, start: int, ranks: Sequence[int], budget: int) -> int:
-    """How many queries from ``start`` on fit the budget; R rises along ``order``, so the last one decides."""
+def _block_size(relevant: Tensor, order: Tensor, start: int, ranks: Sequence[int], budget: int, width: int) -> int:
+    """How many queries from ``start`` on fit the budget; R rises along ``order``, so the last one decides.
+
+    A query needs its list of neighbors and the copy of its ``width`` channels, in up to 8 bytes each.
+    """
     size = min(len(order) - start, MOST_QUERIES)
     while size > 1:
         neighbors = max(*ranks, int(relevant[order[start + size - 1]]))
-        fitting = max(1, budget // (neighbors * BYTES_PER_NEIGHBOR))
+        fitting = max(1, budget // (neighbors * BYTES_PER_NEIGHBOR + 8 * width))
         if fitting >= size:
             break
         size = max(fitting, size // 2)
