@@ -78,6 +78,7 @@ def test_paths_may_start_from_another_folder_or_be_absolute(tmp_path: Path) -> N
         ({"path": "x", "label": "cat", "split": 1}, ":3: split must be text, got 1"),
         ({"path": "x", "label": 7}, ":3: label 7 is int, but line 1 has str; use one kind"),
         ({"path": "a/1.png", "label": "cat", "split": "train"}, ":3: a/1.png is listed in line 1 already"),
+        ({"path": "./a//1.png", "label": "cat", "split": "test"}, ":3: ./a//1.png is listed in line 1 already"),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, row: object, message: str) -> None:

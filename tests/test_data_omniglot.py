@@ -116,3 +116,8 @@ def test_archives_of_another_kind_are_refused(tmp_path: Path) -> None:
 def test_bad_options_are_refused(tmp_path: Path, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         omniglot(tmp_path, **options)
+
+
+def test_a_packed_file_is_sent_to_its_own_loader() -> None:
+    with pytest.raises(ValueError, match=r"got sets/omniglot_32.npz; load_glyphs, or data.kind=glyphs, reads"):
+        omniglot("sets/omniglot_32.npz")

@@ -246,7 +246,7 @@ def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch, spec: str,
     for module in (package, f"{package}.models"):
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(
-        ModuleNotFoundError, match=f"{spec} needs {package}.*: pip install {package}.* your own model"
+        ModuleNotFoundError, match=f"{spec} needs {package}.*: pip install {package} .* your own model"
     ):
         build_extractor(spec, 16)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ class Manifest(ImageDataset):
             path, "Manifest", remedy='expected JSON lines {"path": ..., "label": ..., "split": ...}'
         )
         records = [_record(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-        _check_records(path, records)
+        _check_records(path, records, split)
         known = sorted({record["split"] for record in records if record["split"] is not None})
         if split is not None:
             records = [record for record in records if record["split"] == split]
@@ -96,7 +97,7 @@ def _record(path: Path, number: int, line: str) -> dict[str, Any]:
     return {"path": value["path"], "label": value["label"], "split": value.get("split"), "line": number}
 
 
-def _check_records(path: Path, records: list[dict[str, Any]]) -> None:
+def _check_records(path: Path, records: list[dict[str, Any]], split: str | None) -> None:
     first: dict[tuple[str, str | None], int] = {}
     for record in records:
         if type(record["label"]) is not type(records[0]["label"]):
@@ -105,7 +106,8 @@ def _check_records(path: Path, records: list[dict[str, Any]]) -> None:
                 f"{type(record['label']).__name__}, but line {records[0]['line']} has "
                 f"{type(records[0]['label']).__name__}; use one kind in the whole file"
             )
-        key = (record["path"], record["split"])
+        # Whoever reads all splits as one dataset would have an image of two splits twice.
+        key = (os.path.normpath(record["path"]), record["split"] if split is not None else None)
         if key in first:
             raise ValueError(
                 f"Manifest: {path}:{record['line']}: {record['path']} is listed in line {first[key]} "

@@ -33,18 +33,22 @@ def omniglot(
     averaging boxes. A class is named ``alphabet/character``, a sample by its drawer.
 
     Args:
-        root: folder of the two zip files.
+        root: folder of the two zip files. (One packed ``.npz`` file is read by `load_glyphs`.)
         split: ``"train"``, ``"test"`` or ``"all"``.
         size: pixels per side.
         transform: see `GlyphDataset`.
 
     Raises:
         FileNotFoundError: an archive is absent; says where to get it.
-        ValueError: an archive or an image in it is damaged, or it holds no characters; names the member.
+        ValueError: root is a packed file; an archive or an image in it is damaged, or it holds no characters; names
+            the member.
 
     Source: Lake, Salakhutdinov, Tenenbaum, Science 350 (2015).
     """
     check_split("omniglot", split)
+    if Path(root).suffix == ".npz":
+        raise ValueError(f"omniglot: root must be the folder of the two zip files, got {root}; load_glyphs, or "
+                         "data.kind=glyphs, reads a packed file")
     if not 1 <= size <= 105:
         raise ValueError(f"omniglot: size must be between 1 and 105, got {size}")
     images: list[np.ndarray] = []

@@ -111,8 +111,7 @@ class Cars196(_ListedDataset):
     """Cars196 (Stanford Cars): the first 98 classes train, the last 98 test.
 
     Layouts: the official one with ``cars_annos.mat`` and ``car_ims/`` (needs scipy), or class folders,
-        without
-    scipy: in ``root``, in ``root/images``, or spread over ``root/train`` and ``root/test`` (or ``cars_train``
+    without scipy: in ``root``, in ``root/images``, or spread over ``root/train`` and ``root/test`` (or ``cars_train``
     and ``cars_test``), which are then read together, since those divide the images of every class. Class
     folders count in the order of their sorted names, the official classes in their own.
 

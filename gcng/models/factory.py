@@ -115,7 +115,7 @@ def _library(name: str, purpose: str) -> Any:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"build_extractor: {purpose} needs {error.name or name}, which is not installed: pip install "
-            f"{name} (in a build that fits the installed torch), or give your own model as "
+            f"{name.partition('.')[0]} (in a build that fits the installed torch), or give your own model as "
             '"package.module:callable"',
             name=error.name,
         ) from error
