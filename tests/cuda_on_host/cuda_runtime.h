@@ -3,6 +3,7 @@
 // this header and those beside it in place of the toolkit's, a .cu file is C++.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -45,8 +46,9 @@ constexpr int WARP = 32;
 constexpr size_t STACK = 1 << 16;
 
 struct Warp {
-  ucontext_t scheduler, lanes[WARP];
-  bool finished[WARP];
+  ucontext_t fibers[WARP];
+  jmp_buf scheduler, lanes[WARP];
+  bool started[WARP] = {}, finished[WARP];
   int lane;
   float slots[2][WARP];  // a lane may reach its next shuffle before the last one has read this one's values
   int shuffles[WARP];
@@ -57,30 +59,44 @@ struct Warp {
 
 inline thread_local Warp warp;
 
+// Back to the scheduler, until it resumes this lane. Jumps, unlike swapcontext, ask nothing of the operating system.
+[[gnu::noinline]] inline void suspend() {
+  if (_setjmp(warp.lanes[warp.lane]) == 0) _longjmp(warp.scheduler, 1);
+}
+
+// A fiber serves its lane in one warp after the other.
 inline void run_lane() {
+  for (;;) {
+    warp.body(warp.context);
+    warp.finished[warp.lane] = true;
+    suspend();
+  }
+}
+
+[[gnu::noinline]] inline void resume(int lane) {
   Warp& w = warp;
-  w.body(w.context);
-  w.finished[w.lane] = true;
-  swapcontext(&w.lanes[w.lane], &w.scheduler);
+  w.lane = lane;
+  if (_setjmp(w.scheduler) != 0) return;
+  if (w.started[lane]) _longjmp(w.lanes[lane], 1);
+  w.started[lane] = true;
+  getcontext(&w.fibers[lane]);
+  w.fibers[lane].uc_stack.ss_sp = w.stacks.get() + lane * STACK;
+  w.fibers[lane].uc_stack.ss_size = STACK;
+  w.fibers[lane].uc_link = nullptr;
+  makecontext(&w.fibers[lane], run_lane, 0);
+  setcontext(&w.fibers[lane]);
 }
 
 inline void run_warp(unsigned first_thread) {
   Warp& w = warp;
-  for (int lane = 0; lane < WARP; ++lane) {
-    w.finished[lane] = false, w.shuffles[lane] = 0;
-    getcontext(&w.lanes[lane]);
-    w.lanes[lane].uc_stack.ss_sp = w.stacks.get() + lane * STACK;
-    w.lanes[lane].uc_stack.ss_size = STACK;
-    w.lanes[lane].uc_link = nullptr;
-    makecontext(&w.lanes[lane], run_lane, 0);
-  }
+  for (int lane = 0; lane < WARP; ++lane) w.finished[lane] = false, w.shuffles[lane] = 0;
   for (bool running = true; running;) {
     running = false;
     int shuffles = -1;
     for (int lane = 0; lane < WARP; ++lane) {
       if (w.finished[lane]) continue;
-      w.lane = lane, threadIdx.x = first_thread + lane;
-      swapcontext(&w.scheduler, &w.lanes[lane]);
+      threadIdx.x = first_thread + lane;
+      resume(lane);
       if (w.finished[lane]) continue;
       running = true;
       // All lanes of a full mask must meet in the same shuffle.
@@ -100,7 +116,7 @@ inline float __shfl_xor_sync(unsigned mask, float value, int apart) {
   if (mask != 0xffffffffu) std::abort();
   const int lane = w.lane, turn = w.shuffles[lane]++ % 2;
   w.slots[turn][lane] = value;
-  swapcontext(&w.lanes[lane], &w.scheduler);
+  suspend();
   return w.slots[turn][lane ^ apart];
 }
 
