@@ -31,12 +31,17 @@ def without_extension() -> Iterator[None]:
 
 def extension(device: torch.device | str) -> str:
     """What runs beside blocked torch on a device: a name for the results file, "none" where nothing does."""
-    if torch.device(device).type == "cuda":
-        found = all(importlib.util.find_spec(name) for name in ("triton", "gcng.kernels"))
-        return "triton" if found else "none"
     native = _module("gcng.ops.native")
     if native is None:
         return "none"
+    device = torch.device(device)
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        found = {
+            "triton": _module("gcng.ops.triton_path").runs_on(index, quiet=True),
+            "gcng_cuda": native.cuda(index, quiet=True) is not None,
+        }
+        return ", ".join(name for name, is_used in found.items() if is_used) or "none"
     status = native.cpu_status()
     return "none" if status.path is None else status.path.stem
 

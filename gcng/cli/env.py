@@ -24,6 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     import gcng
+    from gcng.explanation import extension_in_use
 
     explanation = gcng.explain()
     result: dict[str, Any] = {
@@ -40,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
             "built_for": torch.version.cuda or "none",
             "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         },
-        "extension": _extension(),
+        "extension": extension_in_use(),
         "environment": {name: value for name, value in os.environ.items() if name.startswith("GCNG_")},
         "explain": explanation if arguments.json else "",
     }
@@ -50,15 +51,6 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.json:
         print(f"\n{explanation}")
     return EXIT_DONE
-
-
-def _extension() -> dict[str, str]:
-    from gcng.ops import native
-
-    shown = {}
-    for name, status in {"cpu": native.cpu_status(), "cuda": native.cuda_status()}.items():
-        shown[name] = f"{status.path} {status.flags}".rstrip() if status.path else status.cause
-    return shown
 
 
 def _version(package: str) -> str:

@@ -1,7 +1,7 @@
 """The passes of the synthesis on CUDA tensors: launchers of csrc/cuda/synthesis*.cu behind the torch form's contract.
 
 Owns the signatures of the launchers and the cut of a gradient into parts. Embeddings are float32, gates float32 or 16
-bit; for others, and without the CUDA library, another form runs. Nothing here waits for the device.
+bit; for others, and without a CUDA library for the device, another form runs. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ class CudaSynthesisKernels(TorchSynthesisKernels):
 
     def _takes(self, z: Tensor) -> bool:
         usable = z.is_cuda or self._library is not None
-        return usable and z.dtype == torch.float32 and z.numel() > 0 and self._launchers() is not None
+        return usable and z.dtype == torch.float32 and z.numel() > 0 and self._launchers(z) is not None
 
-    def _launchers(self) -> ctypes.CDLL | None:
-        return native.cuda() if self._library is None else self._library
+    def _launchers(self, z: Tensor) -> ctypes.CDLL | None:
+        return native.cuda(z.device.index) if self._library is None else self._library
 
     def _launch(self, name: str, z: Tensor, *arguments: int | Tensor | None) -> None:
         """Call a launcher on the current stream of the device of ``z``; tensors are passed as pointers."""
-        launcher = getattr(self._launchers(), f"gcng_synthesis_{name}")
+        launcher = getattr(self._launchers(z), f"gcng_synthesis_{name}")
         launcher.argtypes = [*_SIGNATURES[name], _POINTER]
         words = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
         with torch.cuda.device(z.device) if z.is_cuda else contextlib.nullcontext():

@@ -16,7 +16,7 @@ from gcng.ops.native_synthesis_kernels import NativeSynthesisKernels
 from gcng.ops.pair_kernels import TorchPairKernels
 from gcng.ops.synthesis_tiles import TorchSynthesisKernels
 from gcng.ops.triton_pair_kernels import TritonPairKernels
-from gcng.ops.triton_path import runs_triton
+from gcng.ops.triton_path import runs_on, runs_triton
 from gcng.ops.triton_synthesis_kernels import TritonSynthesisKernels
 
 
@@ -30,7 +30,7 @@ class Kernels(NamedTuple):
 TORCH = Kernels(TorchPairKernels(), TorchSynthesisKernels())
 NATIVE = Kernels(NativePairKernels(), NativeSynthesisKernels())
 TRITON = Kernels(TritonPairKernels(), TritonSynthesisKernels())
-_CUDA_SYNTHESIS = CudaSynthesisKernels()
+CUDA_SYNTHESIS = CudaSynthesisKernels()
 
 
 class _Switch:
@@ -60,7 +60,22 @@ def operand_dtype(base: Tensor) -> torch.dtype:
 
 def synthesis_kernels(like: Tensor) -> TorchSynthesisKernels:
     """The passes of the synthesis for a tensor's device and dtype."""
+    if _Switch.forced is None and like.is_cuda and like.dtype != torch.float64:
+        return cuda_synthesis(like.device.index)
     return _kernels(like).synthesis
+
+
+def cuda_synthesis(index: int, *, quiet: bool = False) -> TorchSynthesisKernels:
+    """The passes of the synthesis for float32 on a CUDA device: CUDA C++, else Triton, else plain torch.
+
+    Of cached answers, so that nothing is asked of the device while a graph is captured.
+
+    Args:
+        index: the device. quiet: warn of nothing.
+    """
+    if native.cuda(index, quiet=quiet) is not None:
+        return CUDA_SYNTHESIS
+    return (TRITON if runs_on(index, quiet=quiet) else TORCH).synthesis
 
 
 def _kernels(like: Tensor) -> Kernels:
@@ -68,6 +83,4 @@ def _kernels(like: Tensor) -> Kernels:
         return _Switch.forced
     if like.device.type == "cpu":
         return NATIVE if native.cpu() is not None else TORCH
-    if not runs_triton(like):
-        return TORCH
-    return TRITON if native.cuda() is None else TRITON._replace(synthesis=_CUDA_SYNTHESIS)
+    return TRITON if runs_triton(like) else TORCH

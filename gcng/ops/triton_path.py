@@ -48,12 +48,22 @@ def runs_triton(x: Tensor) -> bool:
     """
     if _Switch.forced is not None:
         return _Switch.forced
-    if not x.is_cuda or x.dtype == torch.float64:
-        return False
-    cause = triton_cause() or _device_cause(x.device.index or 0)
-    if cause:
+    return x.is_cuda and x.dtype != torch.float64 and runs_on(x.device.index)
+
+
+def runs_on(index: int, *, quiet: bool = False) -> bool:
+    """Whether the Triton kernels run on a CUDA device; where not, the one warning too, unless ``quiet``."""
+    if _Switch.forced is not None:
+        return _Switch.forced
+    cause = device_cause(index)
+    if cause and not quiet:
         _warn(cause)
     return not cause
+
+
+def device_cause(index: int) -> str:
+    """Why the Triton kernels do not run on a CUDA device, in one line; empty if they do."""
+    return triton_cause() or _capability_cause(index)
 
 
 @functools.cache
@@ -73,7 +83,7 @@ def triton_cause() -> str:
 
 
 @functools.cache
-def _device_cause(index: int) -> str:
+def _capability_cause(index: int) -> str:
     found = torch.cuda.get_device_capability(index)
     if found >= OLDEST_ARCHITECTURE:
         return ""
@@ -83,5 +93,5 @@ def _device_cause(index: int) -> str:
 @functools.cache
 def _warn(cause: str) -> None:
     warnings.warn(
-        f"gcng: the Triton kernels are not used, the slower torch path runs: {cause}", RuntimeWarning, stacklevel=4
+        f"gcng: the Triton kernels are not used, the slower torch path runs: {cause}", RuntimeWarning, stacklevel=5
     )
