@@ -15,7 +15,7 @@ from gcng.reference import correlation as definition
 from tests import cases
 from tests.closeness import Closeness
 from tests.op_checks import LargestTensor, check_compiled, check_refuses_double_backward, outputs_and_gradients
-from tests.run_case import UPSTREAM_LAYOUTS, equal_bits, run_case
+from tests.run_case import LAYOUTS, UPSTREAM_LAYOUTS, equal_bits, lay_out, run_case
 
 MATRICES = {case.name: case for case in cases.MATRICES}
 
@@ -57,6 +57,17 @@ def test_close_to_truth_in_every_layout(layout: str) -> None:
     floor = {"grad x": 1.0} if layout == "stride_zero" else {}
     inputs = "contiguous" if layout == "stride_zero" else layout
     assert readings("exact", "normal", torch.float32, input_layout=inputs, upstream_layout=layout, scale_floors=floor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides_change_no_bit(layout: str, dtype: torch.dtype) -> None:
+    x, grad = lay_out(torch.randn(40, 24, dtype=dtype), layout), lay_out(torch.randn(40, 24, dtype=dtype), layout)
+    results = []
+    for leaf, upstream in ((x, grad), (x.contiguous(), grad.contiguous())):
+        unit = center_normalize(leaf.requires_grad_())
+        results.append((unit, *torch.autograd.grad(unit, leaf, upstream)))
+    assert all(equal_bits(*pair) for pair in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("value", [0.0, 0.7, -1e4, 1e-30])

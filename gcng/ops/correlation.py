@@ -25,7 +25,7 @@ def _center_normalize(x: Tensor) -> tuple[Tensor, Tensor]:
         from gcng.kernels import correlation
 
         return correlation.center_normalize_forward(x)
-    wide = x.to(compute_dtype(x.dtype))
+    wide = x.contiguous().to(compute_dtype(x.dtype))  # sums in one order, whatever the strides
     centered = wide - wide.mean(-1, keepdim=True)
     norm = torch.linalg.vector_norm(centered, dim=-1, keepdim=True)
     # A constant row leaves rounding noise after centering; it counts as no direction at all (maths.md S7).
@@ -48,7 +48,7 @@ def _center_normalize_backward(grad: Tensor, unit: Tensor, inverse_norm: Tensor)
 
         return correlation.center_normalize_backward(grad, unit, inverse_norm)
     dtype = inverse_norm.dtype
-    grad_wide, unit_wide = grad.to(dtype), unit.to(dtype)
+    grad_wide, unit_wide = grad.contiguous().to(dtype), unit.to(dtype)
     radial = (grad_wide * unit_wide).sum(-1, keepdim=True)
     grad_x = inverse_norm * (grad_wide - grad_wide.mean(-1, keepdim=True) - unit_wide * radial)
     return torch.where(inverse_norm == 0, torch.zeros_like(grad_x), grad_x).to(unit.dtype).contiguous()
