@@ -94,12 +94,12 @@ def cpu_plan() -> dict[str, list[Entry]]:
             *_iterations([replace(base, samples=80)], compiled),
             *_iterations(sweep(base, samples=SAMPLES[:-1])),
             *_iterations(sweep(wide, samples=(80, 40))),
-            *_iterations([replace(base, samples=640), replace(wide, samples=320)], few, rounds=2),
+            *_iterations([replace(wide, samples=320)], (*DENSE, "gcng"), rounds=2),
+            *_iterations([replace(base, samples=640)], few, rounds=2),
         ],
         "layers": [
             *_iterations([replace(base, samples=n, num_layers=2) for n in (80, 160, 320)], (*DENSE, "gcng"), rounds=2),
-            *_iterations([replace(wide, samples=n, num_layers=2) for n in (80, 160)], (*DENSE, "gcng"), rounds=2),
-            *_iterations([replace(wide, samples=320, num_layers=2)], few, rounds=2),
+            *_iterations([replace(wide, samples=n, num_layers=2) for n in (80, 160, 320)], (*DENSE, "gcng"), rounds=2),
         ],
         "ops": [
             *(Entry(name, wide) for name in MODELS),
