@@ -28,8 +28,9 @@ SIDES = {"wide": dict(anchors=slice(3, 20)), "tall": dict(classes=slice(1, 9)), 
 
 @pytest.fixture(scope="module")
 def kernels() -> CudaSynthesisKernels:
-    if native.cuda() is None:
-        pytest.skip(f"no CUDA kernels: {native.cuda_status().cause}")
+    device = torch.cuda.current_device()
+    if native.cuda(device) is None:
+        pytest.skip(f"no CUDA kernels: {native.cuda_status(device).cause}")
     return CudaSynthesisKernels()
 
 
