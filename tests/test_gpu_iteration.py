@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -138,6 +140,24 @@ def test_an_iteration_from_labels_on_the_host_waits_for_nothing(known, plan, mon
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert all(bool(loss.isfinite()) for one in losses for loss in one.values())
+
+
+@pytest.mark.raw_memory
+def test_an_iteration_from_labels_on_the_device_waits_once_a_phase():
+    criterion, z = criterion_and_embeddings(dropout=0.1)
+    for labels in (LABELS, RAGGED):
+        iterate(criterion, z, labels.to(DEVICE))
+        here = labels.to(DEVICE)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                iterate(criterion, z, here)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        waits = [str(warning.message) for warning in seen if "synchronizing" in str(warning.message)]
+        assert len(waits) == 2, waits
 
 
 @pytest.mark.raw_memory

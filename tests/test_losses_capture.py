@@ -22,7 +22,7 @@ from gcng.ops import layout as layout_module
 from gcng.ops.dispatch import TORCH, TRITON, forced_kernels
 from gcng.ops.layout import ClassMajor, class_major, class_major_beside
 from gcng.ops.synthesis_tiles import Synthesis, class_tensors
-from gcng.ops.transfers import sent
+from gcng.ops.transfers import fetched, sent
 from gcng.ops.triton_path import disabled
 from tests.test_losses_golden import memory_plan
 
@@ -172,6 +172,35 @@ def test_a_device_is_fed_through_one_door_and_never_waited_for(labels, plan, dty
             monkeypatch.setattr(module, "capturing", lambda device: True)
         iterate(criterion, z, labels.to("meta"), None, layout)  # that copy is the caller's
     assert device.copies == of_a_phase and not sends and not device.mixed
+
+
+@pytest.mark.parametrize("dropped", [False, True], ids=["labels only", "authors' mask"])
+def test_labels_on_a_device_are_fetched_once_a_phase_and_nothing_else_is(dropped, monkeypatch):
+    """Whatever else looked at a number of the device would raise; see :class:`Device`."""
+    waits = []
+
+    def fetched(x):
+        waits.append(tuple(x.shape))
+        return EVEN if x.is_meta else x
+
+    monkeypatch.setattr(layout_module, "fetched", fetched)
+    options = {"singletons": "error", "official_sim_mask": True} if dropped else {"singletons": "skip"}
+    criterion = GCAHNGLoss(8, 6, dropout=0.1, **options).to("meta")
+    z = torch.empty(8, 8, device="meta", requires_grad=True)
+    with memory_plan(monkeypatch, MemoryPlan(60)), disabled(), Device():
+        iterate(criterion, z, EVEN.to("meta"), None, None)
+        assert waits == [(8,), (8,)]
+        waits.clear()
+        gate = torch.empty(8, 8, 8, device="meta", requires_grad=True)
+        mix = torch.rand(2, 1)
+        functional.synthesize_negatives(z, EVEN.to("meta"), gate, kappa=0.3, mix=mix).sum().backward()
+        assert waits == [(8,)]
+
+
+def test_what_is_fetched_is_the_same_and_a_trace_keeps_the_device():
+    assert fetched(LABELS) is LABELS
+    there = torch.empty(3, device="meta")
+    assert fetched(there) is there
 
 
 def test_the_first_samples_of_all_groups_are_one_copy():

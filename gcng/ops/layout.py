@@ -14,7 +14,7 @@ from torch import Tensor
 from gcng.batch_layout import BatchLayout
 from gcng.ops import native
 from gcng.ops.registration import define_op
-from gcng.ops.transfers import sent
+from gcng.ops.transfers import fetched, sent
 from gcng.reference.dropout import node_identity
 
 
@@ -84,10 +84,11 @@ def class_major(labels: Tensor) -> ClassMajor:
 
 
 def class_major_beside(op: str, labels: Tensor, layout: BatchLayout | None, device: torch.device) -> ClassMajor:
-    """The class structure with its index tensors on ``device``; ``class_start`` stays where the labels are.
+    """The class structure with its index tensors on ``device``; ``class_start`` stays on the host.
 
-    From labels on the CPU no op has to wait for a GPU. What a ``layout`` has been asked for on a device it keeps, so
-    that a CUDA graph captures no copy from the host; the layout has to be kept for as long as the graph is replayed.
+    So no op has to wait for a GPU, but for labels that lie there, once. What a ``layout`` has been asked for on a
+    device it keeps, so that a CUDA graph captures no copy from the host; the layout has to be kept for as long as the
+    graph is replayed.
     """
     known = None if layout is None else layout.on_device.get(device)
     host = host_labels(op, labels, layout)
@@ -119,9 +120,13 @@ def class_boundaries(class_start: Tensor) -> list[int]:
 
 
 def host_labels(op: str, labels: Tensor, layout: BatchLayout | None) -> Tensor:
-    """The labels to work out classes from: those of ``layout`` where one is given, so that no device is waited for."""
+    """The labels on the host, to work out classes from: those of ``layout`` where one is given, without a wait.
+
+    The one wait for labels on a GPU is here: what follows from N numbers is worked out beside the CPU's own work, and
+    every look at it on the device would wait for all that is queued there. A trace keeps the device.
+    """
     if layout is None:
-        return labels
+        return fetched(labels)
     if not isinstance(layout, BatchLayout):
         raise TypeError(f"{op}: layout must be a gcng.BatchLayout, got {type(layout).__name__}")
     if layout.num_samples != labels.shape[0]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -30,16 +28,9 @@ DENSE_PAIRS = 4096  # (anchor, negative) pairs of one block of the dense form
 IN_PLACE = 8  # times as many where a block holds a few numbers of each pair, not its channels
 
 
-def _class_order(labels: Tensor, device: torch.device) -> tuple[Tensor, Sequence[int]]:
-    """Class-major order of a batch on a device, and its class starts, which end with N."""
-    if labels.device.type == "cpu":
-        return _class_order_of(tuple(labels.tolist()), device)
-    layout = class_major(labels)
-    return layout.order.to(device), class_boundaries(layout.class_start) if labels.shape[0] else [0]
-
-
 @kept_on_device
-def _class_order_of(labels: tuple[int, ...], device: torch.device) -> tuple[Tensor, tuple[int, ...]]:
+def _class_order(labels: tuple[int, ...], device: torch.device) -> tuple[Tensor, tuple[int, ...]]:
+    """Class-major order of a batch on a device, and its class starts, which end with N."""
     layout = class_major(torch.tensor(labels, dtype=torch.int64))
     return sent(layout.order, device), tuple(class_boundaries(layout.class_start)) if labels else (0,)
 
@@ -49,7 +40,7 @@ class _Dense:
 
     def __init__(self, z: Tensor, labels: Tensor, gate: Tensor, kappa: Tensor, mix: Tensor, pairs: int) -> None:
         dtype = compute_dtype(z.dtype)
-        self.order, boundaries = _class_order(labels, z.device)
+        self.order, boundaries = _class_order(tuple(labels.tolist()), z.device)
         most = max((b - a for a, b in zip(boundaries, boundaries[1:], strict=False)), default=0)
         check_mix("synthesize_negatives", mix, most)
         wide = z.to(dtype)[self.order]
@@ -57,7 +48,7 @@ class _Dense:
         self.gate, self.dtype, n = gate, dtype, z.shape[0]
         self.all_pairs = self.synthesis.kernels.of_all_pairs(self.synthesis, self.order, gate)
         # Nobody waits for a GPU to find out.
-        self.in_order = not self.order.is_cuda and torch.equal(self.order, torch.arange(n))
+        self.in_order = self.order.device.type == "cpu" and torch.equal(self.order, torch.arange(n))
         rows = max(1, pairs * (1 if self.all_pairs is None else IN_PLACE) // max(n, 1))
         everyone = slice(0, n)
         self.blocks = [slice(i, min(i + rows, n)) for i in range(0, n, rows)]

@@ -1,4 +1,4 @@
-"""What goes from the host to a GPU: without a wait, and kept for as long as a CUDA graph may read it."""
+"""What goes from the host to a GPU, without a wait and kept for as long as a CUDA graph may read it, and comes back."""
 
 from __future__ import annotations
 
@@ -37,6 +37,11 @@ def sent(x: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> T
             "classes, and pass labels and mix on the GPU and a gcng.BatchLayout beside them"
         )
     return (x if pinned else x.pin_memory()).to(device, non_blocking=True)
+
+
+def fetched(x: Tensor) -> Tensor:
+    """``x.cpu()``: waits once for a GPU. As it is where there is nothing to read yet, in a trace or without numbers."""
+    return x if torch.compiler.is_compiling() or x.is_meta else x.cpu()
 
 
 def kept_on_device(make: Callable[[tuple[int, ...], torch.device], T]) -> Callable[[tuple[int, ...], torch.device], T]:
