@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import pytest
@@ -140,7 +141,10 @@ def test_kappa_may_be_a_tensor_of_any_one_number_shape() -> None:
         assert F.synthesize_negatives(z, y, gate, kappa=kappa, mix=mix).isfinite().all()
 
 
-def test_empty_batch() -> None:
+@pytest.mark.parametrize("mode", (contextlib.nullcontext, gcng.reference_mode), ids=("op", "reference"))
+def test_empty_batch(mode) -> None:
     z, y, gate = torch.rand(0, 5, requires_grad=True), torch.zeros(0, dtype=torch.int64), torch.rand(0, 0, 5)
-    out = F.synthesize_negatives(z, y, gate, kappa=0.5, mix=torch.rand(1, 0))
+    with mode():
+        out = F.synthesize_negatives(z, y, gate, kappa=0.5, mix=torch.rand(1, 0))
     assert out.shape == (0, 0, 5)
+    assert torch.autograd.grad(out.sum(), z)[0].shape == (0, 5)

@@ -7,17 +7,17 @@ import math
 import torch
 from torch import Tensor
 
+from gcng.reference.norms import row_norm
 from gcng.reference.retrieval import first_k
 
 
 def center_normalize(x: Tensor) -> Tensor:
     """(1): rows centered over channels and scaled to unit length, (N, D) -> (N, D); constant rows give 0."""
     centered = x - x.mean(-1, keepdim=True)
-    squared = (centered * centered).sum(-1, keepdim=True)
     floor = 8 * torch.finfo(x.dtype).eps * math.sqrt(x.shape[-1]) * x.detach().abs().amax(-1, keepdim=True)
-    constant = squared.detach().sqrt() <= floor
-    # The inner where keeps the square root away from 0, whose gradient is infinite.
-    norm = torch.where(constant, torch.ones_like(squared), squared).sqrt()
+    constant = row_norm(centered.detach(), keepdim=True) <= floor
+    # The inner where keeps the norm away from 0, whose gradient is not defined.
+    norm = row_norm(torch.where(constant, torch.ones_like(centered), centered), keepdim=True)
     return torch.where(constant, torch.zeros_like(centered), centered / norm)
 
 

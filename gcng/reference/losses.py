@@ -1,4 +1,7 @@
-"""Definition of the losses (19)-(27) on dense tensors, for any class counts (docs/maths.md 6, 7 and 9b)."""
+"""Definition of the losses (19)-(27) on dense tensors, for any class counts (docs/maths.md 6, 7 and 9b).
+
+Losses of 16-bit tensors are float32.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gcng.reference.layout import ClassLayout, class_layout
+from gcng.reference.norms import wide
 
 
 def _zero(*tensors: Tensor) -> Tensor:
@@ -16,7 +20,7 @@ def _zero(*tensors: Tensor) -> Tensor:
 
 def n_pair(z: Tensor, labels: Tensor, *, l2_reg: float = 3e-3) -> Tensor:
     """(19): cross-entropy of rank-0 samples against the rank-k samples of the classes that have one."""
-    layout = class_layout(labels)
+    z, layout = wide(z), class_layout(labels)
     counts = [len(members) for members in layout.members]
     groups = []
     for k in range(1, max(counts, default=0)):
@@ -36,7 +40,7 @@ def has_negatives(layout: ClassLayout) -> bool:
 
 def synthetic_n_pair(z: Tensor, labels: Tensor, syn: Tensor, *, l2_reg: float = 3e-3) -> Tensor:
     """(20): cross-entropy of each anchor over the classes, the positive in its own column; not yet weighted."""
-    layout = class_layout(labels)
+    z, syn, layout = wide(z), wide(syn), class_layout(labels)
     if not has_negatives(layout):
         return _zero(z, syn)
     rows = layout.is_anchor.nonzero()[:, 0]
@@ -51,7 +55,8 @@ def class_cross_entropy(
     labels: Tensor, syn: Tensor, weight: Tensor, bias: Tensor | None, *, softmax_factor: float = 20.0
 ) -> Tensor:
     """(24): classifier cross-entropy of every synthetic negative against the label of the class it comes from."""
-    layout = class_layout(labels)
+    syn, weight, layout = wide(syn), wide(weight), class_layout(labels)
+    bias = None if bias is None else wide(bias)
     if not has_negatives(layout):
         return _zero(syn, weight)
     rows = syn[layout.is_anchor]
@@ -65,7 +70,7 @@ def similarity(z: Tensor, labels: Tensor, syn: Tensor, *, official_mask: bool = 
     ``official_mask`` drops the entry ``floor(n / K)`` of sample-major slot ``n = k M + i`` instead of the own
     class, as the authors' code does (docs/maths.md S1); it needs M classes of K samples.
     """
-    layout = class_layout(labels)
+    z, syn, layout = wide(z), wide(syn), class_layout(labels)
     if not has_negatives(layout):
         return _zero(z, syn)
     rows = layout.is_anchor.nonzero()[:, 0]
@@ -80,6 +85,7 @@ def similarity(z: Tensor, labels: Tensor, syn: Tensor, *, official_mask: bool = 
 
 def diversity(gate: Tensor) -> Tensor:
     """(26): 0.01 (1 - spread of the gates around their row means); a spread of exactly 0 has gradient 0."""
+    gate = wide(gate)
     centered = gate - gate.mean(1, keepdim=True)
     squared = centered.square().sum() / max(gate.shape[0], 1) ** 2
     flat = squared.detach() == 0

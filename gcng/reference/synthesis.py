@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gcng.reference.layout import class_layout
+from gcng.reference.norms import row_norm
 
 
 def pulled_negatives(z: Tensor, labels: Tensor, gate: Tensor, kappa: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -15,12 +16,15 @@ def pulled_negatives(z: Tensor, labels: Tensor, gate: Tensor, kappa: float | Ten
         h (N, N, D), and the boolean (N, N) of negatives that are not farther than the positive and are kept.
     """
     layout = class_layout(labels)
-    positive_distance = torch.linalg.vector_norm(z - z[layout.positive] + 1e-6, dim=-1)[:, None]
+    positive_distance = row_norm(z - z[layout.positive] + 1e-6)[:, None]
     difference = z[None, :, :] - z[:, None, :]
-    negative_distance = torch.linalg.vector_norm(-difference + 1e-6, dim=-1)
+    negative_distance = row_norm(-difference + 1e-6)
     near = positive_distance >= negative_distance
     reach = positive_distance + (negative_distance - positive_distance) * kappa * gate.movedim(-1, 0)
-    pull = (reach / negative_distance).movedim(0, -1)
+    # Where the pulled one is not taken, its quotient is not either: at distance 1e-6 it would overflow, and 0 * inf
+    # is no gradient.
+    divisor = torch.where(near, torch.ones_like(negative_distance), negative_distance)
+    pull = (reach / divisor).movedim(0, -1)
     pulled = z[:, None, :] + difference * pull
     return torch.where(near[..., None], z[None, :, :].expand_as(pulled), pulled), near
 
@@ -46,5 +50,5 @@ def synthesize_negatives(
             lam = mix[layout.rank.clamp(max=mix.shape[0] - 1), step][:, None]
             chain = (1 - lam) * h[:, member] + lam * chain
         columns.append(chain)
-    syn = torch.stack(columns, 1)
+    syn = torch.stack(columns, 1) if columns else h  # no sample, no class: h is (0, 0, D) then
     return torch.where(layout.is_anchor[:, None, None], syn, torch.zeros_like(syn))
