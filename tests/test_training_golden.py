@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import gcng
 from gcng.losses import GCAHNGLoss
 from gcng.nn.graph import parameter_names
 from gcng.training import Optimizers, train_step
@@ -67,8 +70,14 @@ def golden_parts(golden):
     return extractor, criterion, optimizers, named
 
 
-def test_trajectory_of_the_published_training():
-    golden = Golden("traj")
+@pytest.mark.parametrize("mode", (contextlib.nullcontext, gcng.reference_mode), ids=("ops", "reference"))
+def test_trajectory_of_the_published_training(mode):
+    with mode():
+        check_trajectory(Golden("traj"))
+
+
+def check_trajectory(golden):
+    """30 steps: every loss, the averages, and the weights after the last one."""
     extractor, criterion, optimizers, named = golden_parts(golden)
     x, y = golden.tensor("in/x"), golden.tensor("in/y")
     for step, rows in enumerate(golden.arrays["in/idx"]):
