@@ -126,7 +126,7 @@ class GCAHNGLoss(nn.Module):
 
         Args:
             mix: (K, K - 1) numbers of (18), K the largest number of samples of a class; None draws
-                ``torch.rand(K, K - 1, generator=generator)`` on the CPU.
+                ``torch.rand(K, K - 1, generator=generator)`` on the CPU, in float32 for every dtype.
             generator: of torch, on the CPU; draws mix and the dropout seed. While a CUDA graph is captured both come
                 from the GPU's default generator instead, so that every replay draws new ones.
             layout: the batch's classes, known on the host: spares waiting for labels on a GPU.
@@ -232,7 +232,8 @@ class GCAHNGLoss(nn.Module):
         check_batch(op, embeddings, labels, self.graph.embedding_size)
         check_same_dtype(op, embeddings=embeddings, weight=self.classifier.weight)
         if labels.device.type == "cpu" and labels.numel():
-            wrong = (labels < 0) | (labels.long() >= self.graph.num_classes)
+            signed = labels.long()
+            wrong = (signed < 0) | (signed >= self.graph.num_classes)
             if bool(wrong.any()):
                 index = int(wrong.nonzero()[0, 0])
                 raise ValueError(
@@ -265,7 +266,9 @@ class GCAHNGLoss(nn.Module):
         if mix is None:
             if capturing(embeddings.device):
                 return torch.rand(most, most - 1, dtype=dtype, device=embeddings.device)
-            return sent(torch.rand(most, most - 1, generator=generator, dtype=dtype), embeddings.device)
+            # float32 for every dtype: one seed means the same numbers, and the same dropout seed drawn after them.
+            mix = torch.rand(most, most - 1, generator=generator, dtype=torch.float32)
+            return sent(mix, embeddings.device, dtype)
         mix = torch.as_tensor(mix)
         if tuple(mix.shape) != (most, most - 1):
             raise ValueError(
