@@ -243,7 +243,7 @@ BAD_INPUT = [
     ({"v": torch.zeros(5, 2, 3)}, ValueError, r"v has shape \(5, 2, 3\) but q has shape \(4, 2, 3\)"),
     ({"labels": torch.zeros(3).long()}, ValueError, r"labels has shape \(3,\); expected \(4,\)"),
     ({"labels": torch.zeros(4, 1).long()}, ValueError, r"use labels.squeeze\(1\)"),
-    ({"labels": torch.zeros(4)}, TypeError, "labels has dtype torch.float32; use int64, int32"),
+    ({"labels": torch.zeros(4)}, TypeError, "labels has dtype torch.float32; use an integer dtype, e.g. int64 by"),
     ({"labels": torch.zeros(4).bool()}, TypeError, "labels has dtype torch.bool"),
     ({"labels": [0, 1, 0, 1]}, TypeError, "labels must be a torch.Tensor, got list"),
     (

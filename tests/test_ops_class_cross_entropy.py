@@ -303,7 +303,7 @@ BAD_INPUT = [
     ({"bias": torch.zeros(5).half()}, TypeError, "x is torch.float32 but bias is torch.float16"),
     ({"target": torch.zeros(2).long()}, ValueError, r"target has shape \(2,\); expected \(3,\)"),
     ({"target": torch.zeros(3, 1).long()}, ValueError, r"use target.squeeze\(1\)"),
-    ({"target": torch.zeros(3)}, TypeError, "target has dtype torch.float32; use int64, int32"),
+    ({"target": torch.zeros(3)}, TypeError, "target has dtype torch.float32; use an integer dtype, e.g. int64 by"),
     ({"target": torch.zeros(3).bool()}, TypeError, "target has dtype torch.bool"),
     (
         {"target": torch.zeros(3, device="meta").long()},

@@ -15,6 +15,8 @@ from gcng.mode import in_reference_mode
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+WIDE_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # torch converts them, and computes little with them
+KEEPS_LABELS = ("negative_attention",)  # ops that work on labels in the dtype that they come in
 
 
 def check_float_matrix(op: str, name: str, x: Tensor, *, dims: int = 2, shape: str = "(N, D)") -> None:
@@ -52,18 +54,26 @@ def check_channels(op: str, name: str, x: Tensor) -> None:
 
 
 def check_labels(op: str, labels: Tensor, length: int, *, name: str = "labels", of: str = "embeddings") -> None:
-    """Refuse labels that are not an integer vector of the batch's length."""
+    """Refuse labels that are not an integer vector of the batch's length, or (on the CPU) that int64 does not hold.
+
+    What passes is for the op to convert by ``labels.long()``.
+    """
     if not isinstance(labels, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(labels).__name__}; use torch.as_tensor(...)")
-    if labels.dtype not in INTEGER:
-        raise TypeError(
-            f"{op}: {name} has dtype {labels.dtype}; use int64, int32, int16, int8 or uint8, e.g. {name}.long()"
-        )
+    if labels.dtype not in INTEGER and (op in KEEPS_LABELS or labels.dtype not in WIDE_UNSIGNED):
+        raise TypeError(f"{op}: {name} has dtype {labels.dtype}; use an integer dtype, e.g. int64 by {name}.long()")
     if labels.dim() != 1 or labels.shape[0] != length:
         raise ValueError(
             f"{op}: {name} has shape {tuple(labels.shape)}; expected ({length},), one label for each row of {of}"
             + (f"; use {name}.squeeze(1)" if labels.dim() == 2 and labels.shape[-1] == 1 else "")
         )
+    if labels.dtype == torch.uint64 and labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        beyond = labels.long() < 0
+        if bool(beyond.any()):
+            index = int(beyond.nonzero()[0, 0])
+            raise ValueError(
+                f"{op}: {name}[{index}] is {labels.tolist()[index]}; use labels below 2**63, which int64 holds"
+            )
 
 
 def check_same_dtype(op: str, **tensors: Tensor | None) -> None:
