@@ -1,7 +1,7 @@
 """What pyproject.toml cannot say: where the packages lie, and the optional compiled kernels.
 
-Nothing here imports torch: a wheel builds in an environment that has setuptools and nothing else. It then has no
-compiled kernels; `gcng build` makes them later. Compilers and flags are in gcng/build.py.
+Nothing here imports torch: a wheel builds in an environment that has setuptools and nothing else. Where torch is not
+installed either it has no compiled kernels; `gcng build` makes them later. Compilers and flags are in gcng/build.py.
 """
 
 import importlib

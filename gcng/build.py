@@ -1,27 +1,30 @@
 """Builds the compiled kernels of csrc/. Imports neither torch nor setuptools, downloads nothing, runs when asked only.
 
-Owns compilers and their flags, the object cache, the lock, and what a package build does. ``setup.py``, ``gcng build``
-and ``python -m gcng.build`` come here.
+Owns which compilers there are and their flags, the folder of objects and its lock, and what a package build does; how
+they are run is in :mod:`gcng.compilation`. ``setup.py``, ``gcng build`` and ``python -m gcng.build`` come here.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from gcng import libraries
+from gcng.compilation import BuildError, Job, compile_objects, link
+from gcng.compilation import compile_object as compile_object
+from gcng.compilation import run_compiler as run_compiler
 from gcng.libraries import CUDA_LIBRARY, LibraryError
 
 # Oldest torch whose stable ABI csrc/register_*.cpp use; a library runs on this one and all later ones.
@@ -34,10 +37,6 @@ CUDA_ARCHITECTURES = "8.0+PTX 9.0a 10.0a"
 LOCK_TIMEOUT = 600.0
 
 
-class BuildError(RuntimeError):
-    """The extension cannot be built here; the message says why."""
-
-
 # ------------------------------------------------------------------------------------------------- what is there
 
 
@@ -48,11 +47,17 @@ def check_platform() -> None:
 
 
 def torch_folder() -> Path:
-    """Folder of the installed torch, found without importing it; BuildError without one that is new enough."""
+    """Folder of the installed torch, found without importing it; BuildError without one that is new enough.
+
+    An isolated build (pip's default) cannot import what is installed, but its interpreter is the environment's: torch
+    lies where that keeps its packages. Headers and library names are all that a build takes from there.
+    """
     spec = importlib.util.find_spec("torch")
-    if spec is None or not spec.submodule_search_locations:
+    folders = [Path(place) for place in spec.submodule_search_locations or ()] if spec else []
+    folders += [Path(sysconfig.get_path(scheme)) / "torch" for scheme in ("platlib", "purelib")]
+    folder = next((place for place in folders if (place / "version.py").is_file()), None)
+    if folder is None:
         raise BuildError("torch is not installed in the environment that builds")
-    folder = Path(next(iter(spec.submodule_search_locations)))
     version = re.search(r"__version__ = '(\d+)\.(\d+)", (folder / "version.py").read_text(encoding="utf-8"))
     if not version or tuple(map(int, version.groups())) < TORCH_TARGET:
         raise BuildError(f"torch {'.'.join(map(str, TORCH_TARGET))} or later is needed")
@@ -116,52 +121,7 @@ def cuda_sources(folder: Path) -> list[Path]:
     return sorted(folder.glob("cuda/*.cu"))
 
 
-# --------------------------------------------------------------------------------------------- compile and link
-
-
-def run_compiler(command: Sequence[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise BuildError(f"{shlex.join(command)}\n{done.stdout}{done.stderr}".strip())
-
-
-def _up_to_date(target: Path, command: str) -> bool:
-    """Whether an object was made by this command after every file that it was made from was written."""
-    try:
-        if target.with_suffix(".cmd").read_text(encoding="utf-8") != command:
-            return False
-        started = target.stat().st_mtime_ns
-        names = target.with_suffix(".d").read_text(encoding="utf-8").replace("\\\n", " ").split(": ", 1)[1].split()
-        return all(os.stat(name).st_mtime_ns < started for name in names)
-    except (OSError, IndexError):
-        return False
-
-
-def compile_object(command: list[str], source: Path, target: Path) -> Path:
-    """One object, from the cache where nothing changed. It takes its name when it is whole, dated by its start."""
-    line = shlex.join([*command, str(source)])
-    if _up_to_date(target, line):
-        return target
-    started = time.time_ns()
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
-    target.with_suffix(".cmd").unlink(missing_ok=True)
-    run_compiler([*command, "-MMD", "-MF", str(target.with_suffix(".d")), "-c", str(source), "-o", str(part)])
-    os.utime(part, ns=(started, started))
-    os.replace(part, target)
-    target.with_suffix(".cmd").write_text(line, encoding="utf-8")
-    return target
-
-
-def _link(command: list[str], target: Path) -> Path:
-    """A library takes its name in one step: a build that is killed leaves the old one, or none."""
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        run_compiler([*command, "-o", str(part)])
-        libraries.read_build_info(part)
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
-    return target
+# -------------------------------------------------------------------------------------------------- the libraries
 
 
 def _write_build_info(path: Path, info: Mapping[str, str]) -> Path:
@@ -199,8 +159,8 @@ def locked(folder: Path, timeout: float) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _workplace(objects: Path | None, target: Path, timeout: float) -> Iterator[tuple[Path, Path, ThreadPoolExecutor]]:
-    """Yields the sources, the locked folder of objects and the workers; makes sure the sources did not change."""
+def _workplace(objects: Path | None, target: Path, timeout: float) -> Iterator[tuple[Path, Path]]:
+    """Yields the folder of sources and the locked folder of objects."""
     sources = libraries.source_folder()
     if sources is None:
         raise BuildError("the sources (csrc) are not part of this installation")
@@ -210,11 +170,8 @@ def _workplace(objects: Path | None, target: Path, timeout: float) -> Iterator[t
         objects = checkout / "build" / "native" if in_checkout else libraries.user_folder() / "objects"
     try:
         target.mkdir(parents=True, exist_ok=True)
-        with locked(objects, timeout), ThreadPoolExecutor(num_jobs()) as workers:
-            try:
-                yield sources, objects, workers
-            finally:
-                workers.shutdown(cancel_futures=True)
+        with locked(objects, timeout):
+            yield sources, objects
     except (OSError, LibraryError) as error:
         raise BuildError(str(error)) from error
 
@@ -236,27 +193,25 @@ def build_cpu(
     torch, command = torch_folder(), compiler()
     stable = f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000"
     linked = ["-L", str(torch / "lib"), "-ltorch_cpu", "-lc10", "-pthread"]
-    with _workplace(objects, target, timeout) as (folder, cache, workers):
+    with _workplace(objects, target, timeout) as (folder, cache):
         # Messages name csrc/..., not where it lay when it was compiled.
         common = [*command, *CPU_FLAGS, f"-ffile-prefix-map={folder}=csrc", "-I", str(folder)]
         registration = [*common, stable, "-isystem", str(torch / "include")]
         kernels, registrations = cpu_sources(folder)
         start = libraries.source_hash(folder)
-        bound = [workers.submit(compile_object, registration, path, cache / f"{path.stem}.o") for path in registrations]
+        bound = [Job(registration, path, cache / f"{path.stem}.o") for path in registrations]
         parts = {}
         for name in names or libraries.cpu_libraries():
             flags, place = libraries.CPU_LIBRARIES[name], cache / Path(name).stem
             place.mkdir(exist_ok=True)
             info = {"sources": start, "compiler": command[0], "flags": shlex.join(flags)}
             files = [*kernels, _write_build_info(place / "build_info.cpp", info)]
-            parts[name] = [
-                workers.submit(compile_object, [*common, *flags], path, place / f"{path.stem}.o") for path in files
-            ]
-        links = []
+            parts[name] = [Job([*common, *flags], path, place / f"{path.stem}.o") for path in files]
+        compile_objects([*bound, *itertools.chain(*parts.values())], num_jobs())
+        made = []
         for name, jobs in parts.items():
-            files = [str(job.result()) for job in [*jobs, *bound]]
-            links.append(workers.submit(_link, [*command, "-shared", *files, *linked], target / name))
-        made = [link.result() for link in links]
+            files = [str(job.target) for job in [*jobs, *bound]]
+            made.append(link([*command, "-shared", *files, *linked], target / name))
         if libraries.source_hash(folder) != start:
             raise BuildError("a source file changed during the build; build again")
         return made
@@ -266,7 +221,7 @@ def build_cuda(target: Path, *, objects: Path | None = None, timeout: float = LO
     """Build the CUDA library into the folder ``target``; needs nvcc, and neither a GPU nor torch. Else as build_cpu."""
     check_platform()
     nvcc, architectures = cuda_compiler(), cuda_architectures()
-    with _workplace(objects, target, timeout) as (folder, cache, workers):
+    with _workplace(objects, target, timeout) as (folder, cache):
         files = cuda_sources(folder)
         if not files:
             raise BuildError("this version has no CUDA source")
@@ -276,8 +231,9 @@ def build_cuda(target: Path, *, objects: Path | None = None, timeout: float = LO
         info = {"sources": start, "compiler": nvcc, "flags": shown}
         command = [nvcc, *CUDA_FLAGS, *architectures, "-I", str(folder)]
         files.append(_write_build_info(place / "build_info.cpp", info))
-        jobs = [workers.submit(compile_object, command, path, place / f"{path.stem}.o") for path in files]
-        return [_link([nvcc, "-shared", *(str(job.result()) for job in jobs)], target / CUDA_LIBRARY)]
+        jobs = [Job(command, path, place / f"{path.stem}.o") for path in files]
+        compile_objects(jobs, num_jobs())
+        return [link([nvcc, "-shared", *(str(job.target) for job in jobs)], target / CUDA_LIBRARY)]
 
 
 # --------------------------------------------------------------------------------------- as a part of a package
@@ -319,6 +275,12 @@ def plan() -> Plan:
     return Plan(True, cuda, "")
 
 
+def _in_one_line(error: BuildError) -> str:
+    """A compiler may have said pages: its first error, or what it said last."""
+    found = re.search(r".*\berror: .*", str(error))
+    return found[0].strip() if found else str(error).splitlines()[-1]
+
+
 def build_package(wanted: Plan, target: Path) -> None:
     """Build what is planned into ``target``. Only what GCNG_BUILD_CUDA=1 asked for may fail the installation."""
     reason = wanted.reason
@@ -326,14 +288,15 @@ def build_package(wanted: Plan, target: Path) -> None:
         try:
             build_cpu(target)
         except BuildError as error:
-            reason = str(error)
+            reason = _in_one_line(error)
     if wanted.cuda:
         try:
             build_cuda(target)
         except BuildError as error:
             if os.environ.get("GCNG_BUILD_CUDA") == "1":
                 raise
-            print(f"gcng: without the CUDA kernels, to build them later: gcng build --cuda ({error})", file=sys.stderr)
+            why = _in_one_line(error)
+            print(f"gcng: without the CUDA kernels, to build them later: gcng build --cuda ({why})", file=sys.stderr)
     if reason:
         print(f"gcng: without the compiled CPU kernels, to build them later: gcng build ({reason})", file=sys.stderr)
 
