@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -69,15 +70,26 @@ def test_only_the_triton_that_torch_pins_may_differ(tmp_path, said, passes):
 
 def test_the_ci_sets_up_the_environments_that_its_variables_name(tmp_path):
     log = tmp_path / "log"
-    make = tmp_path / "make"
-    make.write_text(f'#!/bin/sh\necho "$@" >>{log}\nexit 7\n')
-    make.chmod(0o755)
+    commands = {"make": f'#!/bin/sh\necho "$@" >>{log}\nexit 7\n', "cuda/bin/nvcc": "#!/bin/sh\n"}
+    for name, text in commands.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+    named = {"PYTHON": sys.executable, "VENV": "/a", "VENV_TRITON36": "/b", "CXX": "sh"}
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    settings = {**os.environ, "PATH": path, "VENV": "/a", "VENV_TRITON36": "/b", "CXX": "sh"}
-    done = subprocess.run([ROOT / ".ci" / "run"], env=settings, capture_output=True, text=True, check=False)
+    settings = {**os.environ, "PATH": path, "CUDA_HOME": str(tmp_path / "cuda"), **named}
+
+    def ci(**changed: str) -> subprocess.CompletedProcess[str]:
+        run = [ROOT / ".ci" / "run"]
+        return subprocess.run(run, env={**settings, **changed}, capture_output=True, text=True, check=False)
+
+    done = ci()
     assert done.returncode == 7 and log.read_text() == "setup /b/.ready\n", done.stderr
-    done = subprocess.run([ROOT / ".ci" / "run"], env={**settings, "CXX": "no-such-compiler -x"}, capture_output=True)
-    assert done.returncode == 1 and b"no C++ compiler (no-such-compiler)" in done.stderr
+    done = ci(CXX="no-such-compiler -x")
+    assert done.returncode == 1 and "no C++ compiler (no-such-compiler)" in done.stderr
+    done = ci(CUDA_HOME=str(tmp_path))
+    assert done.returncode == 1 and done.stderr.startswith("ci: no nvcc"), done.stderr
     assert log.read_text().count("\n") == 1
 
 
