@@ -1,7 +1,7 @@
 """Checks of the GPU suite that are no timings: repeats bit for bit, what a sanitizer or a test run said.
 
     python -m benchmarks.checks repeats --results FILE --device cuda     # 250 times the same bits, on two shapes
-    python -m benchmarks.checks once --device cuda                       # every op once: what a sanitizer runs
+    python -m benchmarks.checks once --device cuda     # every op once, both syntheses: what a sanitizer runs
     python -m benchmarks.checks record PART CODE LOG --results FILE      # exit code and log of another program
     python -m benchmarks.checks join PART --results FILE                 # one entry of those named PART-...
 
@@ -11,25 +11,29 @@ Each writes one entry of `checks` in the results file: passed, failed, or not ru
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from benchmarks import machine, operations
+from benchmarks import bandwidth, machine, operations
 from benchmarks.operations import Operation, Unavailable
 from benchmarks.results import Results
 from benchmarks.settings import Setting
+from gcng.ops import dispatch
 from tests.run_case import equal_bits
 
 REPEATS, SMOKE_REPEATS = 250, 3
 SHAPES = (Setting(1, 512, 256), Setting(1, 256, 1024))
 SANITIZED = Setting(1, 64, 48)
+SYNTHESIZING = ("iteration", "synthesis")
 OUT_OF_TIME = (124, 137)  # of timeout, by the first signal and by the last
 WORST = ("failed", "not run", "passed")
-NOT_RUN = ("Device not supported", "command not found", "No such file or directory")
+NOT_RUN = ("Device not supported", "command not found", "failed to run command")
 CLEAN = (r"ERROR SUMMARY: 0 errors", r"RACECHECK SUMMARY: 0 hazards displayed \(0 errors, 0 warnings\)")
 
 
@@ -53,12 +57,30 @@ def repeats(device: str, *, smoke: bool = False) -> dict:
 
 
 def once(device: str, *, smoke: bool = False) -> list[str]:
-    """Every op forward and backward, once, on a small shape; names of those whose results are not finite."""
-    bad = []
-    for name in operations.OPERATIONS:
-        operation = operations.load(name)
-        bad += _not_finite(operation, operation.tiny if smoke else SANITIZED, device)
+    """Every op forward and backward, once, on a small shape; names of those whose results are not finite.
+
+    What synthesizes runs again with the form of the synthesis that dispatch leaves out.
+    """
+
+    def run(names: tuple[str, ...]) -> list[str]:
+        loaded = map(operations.load, names)
+        return [x for one in loaded for x in _not_finite(one, one.tiny if smoke else SANITIZED, device)]
+
+    bad = run(operations.OPERATIONS)
+    for form, other in other_syntheses(device):
+        with other:
+            bad += [f"{form}: {name}" for name in run(SYNTHESIZING)]
     return bad
+
+
+def other_syntheses(device: str) -> Iterator[tuple[str, contextlib.AbstractContextManager[None]]]:
+    """Name and context of each form of the synthesis that runs on a device and that dispatch does not take there."""
+    like = torch.empty(0, device=device)
+    for form, kernels in bandwidth.forms(device).items():
+        if isinstance(kernels, str):
+            print(f"{form} is not run: {kernels}")
+        elif type(kernels) is not type(dispatch.synthesis_kernels(like)):
+            yield form, dispatch.forced_kernels(dispatch.pair_kernels(like), kernels)
 
 
 def _not_finite(operation: Operation, setting: Setting, device: str) -> list[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from benchmarks import notes
 from benchmarks.results import setting_of
 from benchmarks.scaling import Fit, scalings
-from benchmarks.summaries import gpu_targets, ops
+from benchmarks.summaries import cpu_targets, gpu_targets, ops
+from benchmarks.targets import copy_shares
 from benchmarks.words import bytes_words, missing_words, provider_words, seconds_words, source_line, table
 
 
@@ -17,12 +18,13 @@ def documentation(files: list[tuple[str, dict]]) -> str:
 def one_file(name: str, results: dict) -> str:
     """All tables of one file that have rows."""
     made = {
-        "Targets": gpu_targets(name, results) if "gpu" in results["machine"] else "",
+        "Targets": gpu_targets(name, results) if "gpu" in results["machine"] else cpu_targets(results),
         "Rates of this machine": rates(results),
         "Every op beside its peers": ops(name, results),
         "Every row": every_row(results),
         "Exponents": exponents(results),
         "Time of an iteration by op": stages(results),
+        "Synthesis by form": bandwidth(results),
         "Accuracy": accuracy(results),
         "Overhead of a call at N = 80": overhead(results),
     }
@@ -173,6 +175,22 @@ def roof(results: dict, one: dict) -> tuple[float, float] | None:
         return None
     width = min(by_width, key=lambda key: abs(int(key) - one["setting"]["embedding_size"]))
     return by_width[width]["flops"], results["rates"]["copy"]["bytes"]
+
+
+def bandwidth(results: dict) -> str:
+    """Every pass of both forms of the synthesis: time, and what it moves as a share of the copy rate beside it."""
+    lines = []
+    for one in results.get("bandwidth", ()):
+        where = [one["setting"], one["form"], one["gates"]]
+        if "passes" not in one:
+            lines.append([*where, f"no: {' '.join(one['reason'].splitlines()[:2])}", *["-"] * 4])
+        for which, time in one.get("passes", {}).items():
+            median, least, most = (seconds_words(time[key]) for key in ("median", "min", "max"))
+            shares = copy_shares(one, which).values() if "bytes" in time else ()
+            cells = [f"{median} ({least} to {most})", *([f"{100 * share:.0f} %" for share in shares] or ["-", "-"])]
+            lines.append([*where, which, *cells, f"{one['relative_error']:.1e}"])
+    header = ["setting", "form", "gates", "pass", "time", "of the copy rate", "by gates alone", "worst relative error"]
+    return table(header, lines) if lines else ""
 
 
 def accuracy(results: dict) -> str:

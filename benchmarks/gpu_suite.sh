@@ -12,19 +12,21 @@
 # that would start later is left for the next run. PYTHON names the interpreter.
 set -uo pipefail
 
-PARTS=(build tests repeats sanitizer-memcheck sanitizer-racecheck rates first targets stages overhead wall ops accuracy
-  sweeps scaling long)
+PARTS=(build tests repeats sanitizer-memcheck sanitizer-racecheck sanitizer-initcheck rates first targets bandwidth
+  stages overhead wall ops accuracy sweeps scaling long)
 DESCRIPTIONS=(
   "install in place and compile the extension" "GPU tests: correctness of all kernels" "250 repeats bit for bit, two shapes"
-  "compute-sanitizer memcheck, every op" "compute-sanitizer racecheck, every op" "product and copy rates of the card"
-  "one iteration, N = 1024" "the table of targets" "time by op, roofline, share of the product rate"
+  "compute-sanitizer memcheck, every op" "compute-sanitizer racecheck, every op"
+  "compute-sanitizer initcheck, every op" "product and copy rates of the card"
+  "one iteration, N = 1024" "the table of targets" "synthesis in CUDA C++ and in Triton, share of the copy rate"
+  "time by op, roofline, share of the product rate"
   "cost of a call, CUDA graph" "the wall: dense forms beside gcng" "every op beside its peers"
   "error against float64 by dtype" "launch tables, panel sizes, time by kernel" "exponents over D, L, K"
   "250 runs of every pass over a tile bit for bit")
 # Seconds that a part may take; together more than the whole, since most need less.
-declare -A LIMIT=([build]=150 [tests]=240 [repeats]=60 [sanitizer-memcheck]=60 [sanitizer-racecheck]=60 [rates]=30
-  [first]=60 [targets]=120 [stages]=60 [overhead]=60 [wall]=120 [ops]=120 [accuracy]=60 [sweeps]=90 [scaling]=90
-  [long]=240)
+declare -A LIMIT=([build]=150 [tests]=240 [repeats]=60 [sanitizer-memcheck]=60 [sanitizer-racecheck]=60
+  [sanitizer-initcheck]=40 [rates]=30 [first]=60 [targets]=120 [bandwidth]=45 [stages]=60 [overhead]=60
+  [wall]=120 [ops]=120 [accuracy]=60 [sweeps]=90 [scaling]=90 [long]=240)
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
@@ -122,7 +124,9 @@ measure() {
 }
 
 part_build() {
-  local cuda=() && ((!dry)) && command -v nvcc >/dev/null && cuda=(--cuda)
+  # As the build itself looks for nvcc: CUDA_HOME, the path, the toolkit's own place.
+  local cuda=() search='from gcng import build; build.cuda_compiler()'
+  ((!dry)) && "$python" -c "$search" 2>/dev/null && cuda=(--cuda)
   run build "$python" -m gcng build "${cuda[@]}"
   record build $?
 }
@@ -179,6 +183,7 @@ sanitized() {
 
 part_sanitizer-memcheck() { sanitized sanitizer-memcheck --tool memcheck --error-exitcode 9; }
 part_sanitizer-racecheck() { sanitized sanitizer-racecheck --tool racecheck --error-exitcode 9; }
+part_sanitizer-initcheck() { sanitized sanitizer-initcheck --tool initcheck --error-exitcode 9; }
 
 use_checkout
 results=$folder/$(results_name) || exit 1

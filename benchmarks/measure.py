@@ -31,7 +31,7 @@ from benchmarks.results import FOLDER, Results
 # Modules that measure a key of the results file of their name, and the part that they come after.
 MODULES = {
     "cpu": {"stages": "first", "accuracy": "classes", "overhead": "classes"},
-    "gpu": {"stages": "targets", "overhead": "targets", "accuracy": "ops", "sweeps": "ops"},
+    "gpu": {"bandwidth": "targets", "stages": "targets", "overhead": "targets", "accuracy": "ops", "sweeps": "ops"},
     "smoke": {"stages": "smoke", "accuracy": "smoke", "overhead": "smoke"},
 }
 ALL_MODULES = {"rates"}.union(*MODULES.values())

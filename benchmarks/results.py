@@ -1,8 +1,9 @@
 """The results file: what was measured where, written whole after every row, so that nothing is lost and reruns go on.
 
 A file holds `machine`, `versions`, `protocol`, the measured `rates` of the machine, `rows` (one per operation, setting
-and precision, each with the commit and time of its measurement), the lists `stages`, `overhead` and `accuracy`, and in
-`finished` the names of the parts without rows that came to their end: a list is written after every entry.
+and precision, each with the commit and time of its measurement), the lists `stages`, `overhead`, `accuracy` and, of a
+GPU, `bandwidth` and `checks`, and in `finished` the names of the parts without rows that came to their end: a list is
+written after every entry.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from benchmarks.settings import Setting
 
 FORMAT = 2
 FOLDER = Path(__file__).parent / "results"
-LISTS = ("stages", "overhead", "accuracy", "checks")
+LISTS = ("stages", "overhead", "accuracy", "bandwidth", "checks")
 
 
 class Results:

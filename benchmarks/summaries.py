@@ -133,4 +133,11 @@ def gpu_targets(name: str | None, results: dict | None) -> str:
     """The targets on a GPU and what was measured."""
     header = ["on a GPU: bfloat16, D = 512, L = 1, K = 2", "target (H200)", "measured", "reached"]
     where = source_line(name, results, results["rows"]) if results else "No GPU has a results file yet."
-    return f"{where} `benchmarks/gpu_suite.sh` measures it.\n\n{table(header, targets.readings(results))}"
+    made = table(header, targets.readings(results))
+    return f"{where} `benchmarks/gpu_suite.sh` measures it. {targets.form_ahead(results)}\n\n{made}"
+
+
+def cpu_targets(results: dict) -> str:
+    """The targets on a CPU and what was measured; the rows that they read name their commits above."""
+    header = ["on a CPU: float32, N = 160, D = 512, L = 1, K = 2", "target", "measured", "reached"]
+    return table(header, targets.readings(results, targets.CPU_TARGETS))

@@ -8,17 +8,22 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 
-from benchmarks import checks, operations, plan, sweeps
+from benchmarks import bandwidth, checks, operations, plan, sweeps
 from benchmarks.results import Results
 from benchmarks.settings import Setting
+from gcng.ops import dispatch
+from gcng.ops.synthesis_tiles import Synthetic, TorchSynthesisKernels
 
 ROOT = Path(__file__).resolve().parents[1]
 SUITE = ROOT / "benchmarks" / "gpu_suite.sh"
-MEASURED = ("rates", "first", "targets", "stages", "overhead", "wall", "ops", "accuracy", "sweeps", "scaling")
+LISTED = ("rates", "bandwidth", "stages", "overhead", "accuracy", "sweeps")
+MEASURED = (*LISTED, "first", "targets", "wall", "ops", "scaling")
+SANITIZERS = ("sanitizer-memcheck", "sanitizer-racecheck", "sanitizer-initcheck")
 
 
 def suite(*words, out, **environment):
@@ -35,13 +40,16 @@ def test_a_dry_run_goes_through_every_part_and_a_second_one_skips_what_is_done(t
     results = json.loads(path.read_text())
     status = {one["part"]: one["status"] for one in results["checks"]}
     assert status["repeats"] == "passed" and status["build"] in ("passed", "not run")
-    assert status["sanitizer-memcheck"] == status["sanitizer-racecheck"] == "not run"
+    assert [status[name] for name in SANITIZERS] == ["not run"] * 3
     assert status["tests"] == status["long"] == "not run" or torch.cuda.is_available()
     files = {path.stem for path in (ROOT / "tests").glob("test_gpu_*.py")}
     assert {name.removeprefix("tests-") for name in status if name.startswith("tests-")} == files
     assert "long-test_gpu_pairs" in status
-    for name in ("rates", "stages", "overhead", "accuracy", "sweeps"):
+    for name in LISTED:
         assert results[name], name
+    measured = {(one["form"], one["gates"]): "passes" in one for one in results["bandwidth"]}
+    assert measured == {(form, gates): True for form in ("CUDA C++", "Triton") for gates in ("bfloat16", "float32")}
+    assert all(one["commit"] for one in results["bandwidth"]) and "bandwidth" in results["finished"]
     tables = {row["table"] for row in results["sweeps"]["tables"] if "seconds" in row and row["changes"]}
     assert {"product_tiles.edge_products", "class_cross_entropy.WITHOUT_PANELS"} < tables
     names = {row["name"] for row in results["rows"] if row["complete"]}
@@ -60,7 +68,7 @@ def test_parts_are_listed_and_unknown_ones_refused(tmp_path):
     assert wrong.returncode == 2 and "no part 'nothing'" in wrong.stderr
     marked = {path.name for path in (ROOT / "tests").glob("test_*.py") if "mark." + "gpu" in path.read_text()}
     assert marked == {path.name for path in (ROOT / "tests").glob("test_gpu_*.py")}  # where the suite looks
-    assert set(MEASURED) - {"rates", "stages", "overhead", "accuracy", "sweeps"} == set(plan.gpu_plan())
+    assert set(MEASURED) - set(LISTED) == set(plan.gpu_plan())
 
 
 def test_what_does_not_fit_into_the_time_is_left_for_the_next_run(tmp_path):
@@ -85,7 +93,11 @@ def test_what_does_not_fit_into_the_time_is_left_for_the_next_run(tmp_path):
         ("sanitizer-racecheck", 0, "=== RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", "passed"),
         ("sanitizer-racecheck", 9, "=== RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)", "failed"),
         ("sanitizer-racecheck", 1, "Error: Device not supported", "not run"),
-        ("build", 127, "timeout: failed to run command: No such file or directory", "not run"),
+        ("sanitizer-initcheck", 0, "===== ERROR SUMMARY: 0 errors", "passed"),
+        ("sanitizer-initcheck", 9, "===== ERROR SUMMARY: 1 error", "failed"),
+        ("sanitizer-initcheck", 0, "libx.so: No such file or directory\n== ERROR SUMMARY: 0 errors", "passed"),
+        ("build", 127, "timeout: failed to run command 'nvcc': No such file or directory", "not run"),
+        ("build", 1, "fatal error: a.h: No such file or directory", "failed"),
     ],
 )
 def test_what_never_ran_never_counts_as_passed(part, code, log, status):
@@ -112,31 +124,50 @@ def test_the_entries_of_a_part_become_one(tmp_path):
     assert checks.main(["--results", str(results.path), "join", "tests"]) == 1
 
 
-def test_a_checkout_that_is_not_installed_is_used_through_a_link_that_goes_away(tmp_path):
-    """An interpreter without site-packages stands for one where nothing can be installed."""
+def stand_in(folder, words, **replaced):
+    """Run the suite of a checkout that computes nothing; an interpreter without site-packages can install nothing."""
     sources = {
         "gcng/__init__.py": "",
-        "gcng/__main__.py": "import gcng.kernels as k\nprint('built with', k.__file__)",
+        "gcng/__main__.py": "import gcng.kernels as k, sys\nprint(*sys.argv[1:], 'with', k.__file__)",
         "kernels/__init__.py": "",
         "benchmarks/__init__.py": "",
         "benchmarks/checks.py": "print('recorded')",
         "benchmarks/machine.py": "machine = str\nfile_name = '{}.json'.format",
         "benchmarks/gpu_suite.sh": SUITE.read_text(),
-        "python": f'exec {sys.executable} -S "$@"',
+        "python": f'#!/bin/sh\nexec {sys.executable} -S "$@"\n',
+        **replaced,
     }
     for name, text in sources.items():
-        path = tmp_path / name
+        path = folder / name
         path.parent.mkdir(exist_ok=True)
-        path.write_text(text if name.endswith((".py", ".sh")) else f"#!/bin/sh\n{text}\n")
+        path.write_text(text)
         path.chmod(0o755)
-    command = [str(tmp_path / "benchmarks/gpu_suite.sh"), "--dry-run", "build"]
-    settings = os.environ | {"OUT": str(tmp_path / "out"), "PYTHON": str(tmp_path / "python"), "PYTHONPATH": ""}
-    done = subprocess.run(command, env=settings, capture_output=True, text=True, check=False)
-    log = (tmp_path / "out/gpu-suite.log").read_text()
+    path = [str(folder / "bin"), *(name for name in os.environ["PATH"].split(":") if not Path(name, "nvcc").exists())]
+    settings = {"OUT": str(folder / "out"), "PYTHON": str(folder / "python"), "PYTHONPATH": "", "PATH": ":".join(path)}
+    command = [str(folder / "benchmarks/gpu_suite.sh"), *words]
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False)
+    log = (folder / "out/gpu-suite.log").read_text()
     assert done.returncode == 0, done.stdout + done.stderr + log
-    assert "not installed: a link to kernels/ stands in" in done.stdout
-    assert f"built with {tmp_path}/gcng/kernels/__init__.py" in log
+    return done.stdout, log
+
+
+def test_a_checkout_that_is_not_installed_is_used_through_a_link_that_goes_away(tmp_path):
+    said, log = stand_in(tmp_path, ["--dry-run", "build"])
+    assert "not installed: a link to kernels/ stands in" in said
+    assert f"build with {tmp_path}/gcng/kernels/__init__.py" in log
     assert not (tmp_path / "gcng/kernels").exists() and not (tmp_path / "gcng/kernels").is_symlink()
+
+
+def test_the_cuda_kernels_are_built_where_the_build_finds_nvcc(tmp_path):
+    """Whether or not a program of that name is on the path."""
+    places = {"found": ("return '/somewhere/nvcc'", {}), "not found": ("return 1 / 0", {"bin/nvcc": "#!/bin/sh\n"})}
+    asked = {}
+    for name, (body, more) in places.items():
+        (tmp_path / name).mkdir()
+        more = more | {"gcng/build.py": f"def cuda_compiler():\n    {body}\n"}
+        _, log = stand_in(tmp_path / name, ["build"], **more)
+        asked[name] = "build --cuda with" in log
+    assert asked == {"found": True, "not found": False}
 
 
 def test_a_repeat_that_differs_in_one_bit_fails(monkeypatch):
@@ -156,9 +187,58 @@ def test_a_repeat_that_differs_in_one_bit_fails(monkeypatch):
 
 
 def test_results_that_are_not_finite_are_named(monkeypatch):
+    monkeypatch.setattr(bandwidth, "forms", lambda device: {})
     assert checks.once("cpu", smoke=True) == []
     monkeypatch.setattr(operations.Ready, "arrays", lambda self: {"output": torch.tensor(float("nan"))})
     assert "messages float32 output" in checks.once("cpu", smoke=True)
+
+
+def test_what_synthesizes_is_run_with_the_form_that_dispatch_leaves_out_too(monkeypatch):
+    class Other(TorchSynthesisKernels):
+        calls: ClassVar[list[str]] = []
+
+        def synthesize(self, side, gate, *, need_values):
+            self.calls.append("forward")
+            return super().synthesize(side, gate, need_values=need_values)
+
+        def embedding_gradient(self, side, gate, grads, out):
+            self.calls.append("backward")
+            super().embedding_gradient(side, gate, grads, out)
+
+    taken = dispatch.synthesis_kernels(torch.empty(0))
+    monkeypatch.setattr(bandwidth, "forms", lambda device: {"a": taken, "b": "not built", "c": Other()})
+    assert [form for form, _ in checks.other_syntheses("cpu")] == ["c"]
+    assert checks.once("cpu", smoke=True) == [] and set(Other.calls) == {"forward", "backward"}
+    monkeypatch.setattr(Other, "synthesize", lambda *_, **__: Synthetic(*[torch.full((8, 4, 16), torch.nan)] * 3))
+    monkeypatch.setattr(checks, "SYNTHESIZING", ("synthesis",))
+    assert "c: synthesis float32 output" in checks.once("cpu", smoke=True)
+
+
+def test_a_form_of_the_synthesis_is_timed_after_it_was_held_to_the_truth_only(monkeypatch):
+    class Wrong(TorchSynthesisKernels):
+        def add_gate_gradient(self, side, synthetic, grads, out):
+            super().add_gate_gradient(side, synthetic, grads, out)
+            out *= 1 + 1e-5
+
+    made = {"right": TorchSynthesisKernels(), "wrong": Wrong(), "missing": "not built; to build: gcng build --cuda"}
+    monkeypatch.setattr(bandwidth, "forms", lambda device: made)
+    monkeypatch.setattr(bandwidth, "TRUTH_ROWS", 5)  # no divisor of the anchors
+    entries = bandwidth.measure(Setting(1, 24, 18, 3), "bfloat16", "cpu", 2, cold_bytes=64, copy_bytes=2**16)
+    right, wrong, missing = entries
+    assert missing["reason"] == "not built; to build: gcng build --cuda" and "passes" not in missing
+    assert wrong["reason"].startswith("not close enough to the truth\ngrad gates") and "passes" not in wrong
+    elements, values = 18 * 18 * 24, 18 * 6 * 24
+    counted = {name: (one["bytes"], one["gate_bytes"]) for name, one in right["passes"].items() if "bytes" in one}
+    assert counted == {
+        "forward": (2 * elements, 2 * elements),
+        "gate gradient": (8 * elements + 8 * values, 8 * elements),
+        "embedding gradient": (2 * elements + 4 * values, 2 * elements),
+        "backward": (10 * elements + 8 * values, 10 * elements),
+    }
+    times = right["passes"]
+    assert {len(one["rounds"]) for one in times.values()} == {2} and right["copy_bytes"] > 0
+    both = zip(times["gate gradient"]["rounds"], times["embedding gradient"]["rounds"], strict=True)
+    assert times["backward"]["rounds"] == [a + b for a, b in both]
 
 
 @dataclass(frozen=True)
