@@ -7,9 +7,8 @@ import math
 import pytest
 import torch
 
-from benchmarks import accuracy, operations, overhead, rates, stages
+from benchmarks import accuracy, operations, rates, stages
 from benchmarks.gate import assert_gcng_close, assert_same_formula
-from benchmarks.iteration import make_batch, make_provider, run_iteration
 from benchmarks.operations import Unavailable
 from benchmarks.plan import COMPILING
 from benchmarks.providers import extension, without_extension
@@ -150,23 +149,6 @@ def test_accuracy_stands_beside_that_of_the_definition():
         assert found["worst"] == max(found["errors"].values()) > 0
         assert found["array"] in found["errors"]
     assert set(row["providers"]) >= {"reference", "gcng"}
-
-
-def test_overhead_measures_every_way_and_says_why_one_is_missing():
-    ways = overhead.ops(Setting(1, 8, 8), torch.device("cpu"))
-    public = ways["knn"]["public function"]()
-    registered = ways["knn"]["registered op"]()
-    assert public[0].shape == registered[0].shape == (8, 5)
-    found = overhead.seconds_of(lambda: None, torch.device("cpu"), calls=2, batches=3)
-    assert found["count"] == 3 and found["min"] <= found["median"] <= found["max"]
-
-
-def test_an_iteration_with_its_classes_known_is_the_same():
-    setting = Setting(1, 16, 8)
-    provider, batch = make_provider("gcng", setting), make_batch(setting)
-    plain = run_iteration(provider, batch).losses
-    known = overhead.capturable(provider, batch)().losses
-    assert all(torch.equal(plain[name], loss) for name, loss in known.items())
 
 
 def test_rates_are_those_of_a_product_and_a_copy():
