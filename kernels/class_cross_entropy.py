@@ -101,9 +101,12 @@ def class_splits(num_rows: int, num_classes: int, tile: LogitTile) -> tuple[int,
     return -(-tiles // per_split), per_split
 
 
-def panel_shape(num_rows: int, num_classes: int, width: int, tile: LogitTile) -> tuple[int, int]:
-    """Rows and classes of a panel of gradients in the backward, multiples of the tile unless they are all."""
-    size = PANEL if width > NARROW else NARROW_PANEL
+def panel_shape(num_rows: int, num_classes: int, width: int, tile: LogitTile, shrink: int = 1) -> tuple[int, int]:
+    """Rows and classes of a panel of gradients in the backward, multiples of the tile unless they are all.
+
+    shrink: by how much smaller than it should be, where memory is short.
+    """
+    size = (PANEL if width > NARROW else NARROW_PANEL) // shrink
     classes = min(num_classes, max(size // max(num_rows, 1), 2**14) // tile.block_classes * tile.block_classes)
     rows = max(size // classes // tile.block_rows, 1) * tile.block_rows
     return min(num_rows, rows), classes
@@ -171,10 +174,12 @@ def streamed_logit_gradient(
     need_rows: bool = True,
     need_bias: bool | None = None,
     weight_dtype: torch.dtype | None = None,
+    shrink: int = 1,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``gcng.ops.streamed_logits.streamed_logit_gradient`` on a GPU: same arguments, same results.
 
     rows: (R, D). weight: (C, D). bias: (C,) or None. target: (R,) int64. lse: (R,) float64. row_scale: (R,).
+    shrink: of :func:`panel_shape`.
 
     Returns grad_rows (R, D), grad_weight (C, D), grad_bias (C,), None where not needed. Sums run over panels in
     their order, in float32 (float64 for float64 rows). Memory: the results and one panel (:func:`panel_shape`).
@@ -195,7 +200,7 @@ def streamed_logit_gradient(
     grad_weight = weight.new_empty(weight.shape, dtype=weight_dtype or weight.dtype) if need_weight else None
     grad_bias = rows.new_zeros((num_classes,), dtype=dtype) if wants_bias else None
     panel_of = _panel_maker(rows, weight, bias, target, lse.contiguous(), scale, wants_bias)
-    row_block, class_block = panel_shape(num_rows, num_classes, width, _choose_tile(rows)[0])
+    row_block, class_block = panel_shape(num_rows, num_classes, width, _choose_tile(rows)[0], shrink)
     for classes in _spans(num_classes, class_block):
         block_grad = rows.new_zeros((classes.stop - classes.start, width), dtype=dtype) if need_weight else None
         for part in _spans(num_rows, max(row_block, 1)):

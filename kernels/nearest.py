@@ -216,6 +216,7 @@ def nearest_rows(
     self_index: Tensor | None = None,
     labels: Tensor | None = None,
     reference_labels: Tensor | None = None,
+    shrink: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """The k rows of ``reference`` with the largest cosine to every row of ``query``.
 
@@ -225,6 +226,7 @@ def nearest_rows(
         centered: whether to take the cosine of centered rows, the correlation.
         self_index: (Q,) int64 row of ``reference`` that is the query itself and is left out, or None.
         labels: (Q,) and reference_labels: (R,), int64: rows of the query's class are left out; both or neither.
+        shrink: by how much smaller the panels are than they should be, where memory is short.
 
     Returns:
         values (Q, k) float32 falling, indices (Q, k) int64, ties by lower index; missing places are -inf and -1.
@@ -240,7 +242,7 @@ def nearest_rows(
     (num_queries, width), num_references = query.shape, reference.shape[0]
     values = torch.empty((num_queries, k), dtype=torch.float32, device=query.device)
     indices = torch.empty((num_queries, k), dtype=torch.int64, device=query.device)
-    panel = max(1, PANEL_ELEMENTS // width)
+    panel = max(1, PANEL_ELEMENTS // width // shrink)
     empty = MISSING + torch.arange(k, device=query.device)  # all different, so that one is replaced at a time
     for first_query in range(0, num_queries, panel):
         rows = slice(first_query, min(first_query + panel, num_queries))

@@ -9,12 +9,14 @@ would; float64 rows carry a second fixed-point part.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 from torch import Tensor
 
 from gcng.ops import native
+from gcng.ops.allocation import tried_twice
 from gcng.ops.blocks import spans
 from gcng.ops.registration import compute_dtype
 from gcng.ops.triton_path import runs_triton
@@ -133,7 +135,8 @@ def nearest_rows(
         values (Q, k) falling, indices (Q, k) int64, ties by lower index; missing places are -inf and -1.
         A NaN in a row makes all its similarities NaN, which rank first, as in ``torch.sort``.
 
-    Memory: the results, one tile, and the rows of a block of queries and a tile of references in float64.
+    Memory: the results, one tile, and the rows of a block of queries and a tile of references in float64; on a GPU
+    two panels of rows, tried once more with half of them.
     """
     if runs_triton(query):
         from gcng.kernels import nearest
@@ -141,7 +144,8 @@ def nearest_rows(
         if nearest.holds(k, query.dtype):
             exclusions = dict(self_index=self_index, labels=labels, reference_labels=reference_labels)
             exclusions = {name: x if x is None else x.long() for name, x in exclusions.items()}
-            return nearest.nearest_rows(query, reference, k, centered=centered, **exclusions)
+            search = functools.partial(nearest.nearest_rows, query, reference, k, centered=centered, **exclusions)
+            return tried_twice(lambda shrink: search(shrink=shrink), query.device)
     dtype = compute_dtype(query.dtype)
     all_values = query.new_full((query.shape[0], k), -math.inf, dtype=dtype)
     all_indices = torch.full((query.shape[0], k), -1, dtype=torch.int64, device=query.device)

@@ -14,6 +14,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from gcng.ops.allocation import tried_twice
 from gcng.ops.dispatch import pair_kernels
 from gcng.ops.pair_kernels import (
     PACKED,
@@ -289,16 +290,6 @@ def backward_layer(
 
 def with_smaller_tiles(run: Callable[[int], T], pairs_per_tile: int, field: PairField) -> T:
     """Run with a tile size; an allocation failure is answered once with half of it, and with ``field`` emptied."""
-    try:
+    if pairs_per_tile <= 1:
         return run(pairs_per_tile)
-    except (MemoryError, torch.OutOfMemoryError):
-        if pairs_per_tile <= 1:
-            raise
-    except RuntimeError as error:
-        # The CPU allocator of torch has no exception type of its own, and that of the C++ kernels arrives as a text.
-        signs = ("can't allocate memory", "not enough memory", "bad_alloc")
-        if pairs_per_tile <= 1 or not any(sign in str(error) for sign in signs):
-            raise
-    # Behind the handlers: the exception is gone, and with it the frames that held the tensors of the first attempt.
-    field.workspace.clear()
-    return run(pairs_per_tile // 2)
+    return tried_twice(lambda shrink: run(pairs_per_tile // shrink), field.base.device, field.workspace.clear)

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from gcng.ops.allocation import tried_twice
 from gcng.ops.blocks import spans
 from gcng.ops.registration import compute_dtype
 from gcng.ops.triton_path import runs_triton
@@ -101,15 +102,15 @@ def streamed_logit_gradient(
         (float64 for float64 rows), the weight's, summed over rows in that dtype, in ``weight_dtype``.
         A target outside [0, C) makes the gradient NaN.
 
-    Memory: the results and one tile of logits.
+    Memory: the results and one tile of logits; on a GPU one panel of gradients, tried once more with half of it.
     """
     if runs_triton(rows):
         from gcng.kernels import class_cross_entropy
 
-        return class_cross_entropy.streamed_logit_gradient(
-            rows, weight, bias, target, lse, row_scale,
-            need_weight=need_weight, need_rows=need_rows, need_bias=need_bias, weight_dtype=weight_dtype,
-        )  # fmt: skip
+        wanted = dict(need_weight=need_weight, need_rows=need_rows, need_bias=need_bias, weight_dtype=weight_dtype)
+        arguments = rows, weight, bias, target, lse, row_scale
+        gradient = class_cross_entropy.streamed_logit_gradient
+        return tried_twice(lambda shrink: gradient(*arguments, **wanted, shrink=shrink), rows.device)
     dtype = compute_dtype(rows.dtype)
     (num_rows, width), num_classes = rows.shape, weight.shape[0]
     wants_bias = bias is not None and (need_weight if need_bias is None else need_bias)
