@@ -149,6 +149,17 @@ def test_accuracy_stands_beside_that_of_the_definition():
         assert found["worst"] == max(found["errors"].values()) > 0
         assert found["array"] in found["errors"]
     assert set(row["providers"]) >= {"reference", "gcng"}
+    assert set(accuracy.PRECISIONS["cuda"]) == set(operations.PRECISIONS)
+    assert set(accuracy.PRECISIONS["cpu"]) == set(operations.PRECISIONS) - {"tf32"}
+
+
+@pytest.mark.parametrize("name", operations.OPERATIONS)
+def test_accuracy_in_float64_is_the_distance_to_the_definition(name):
+    operation = operations.load(name)
+    row = accuracy.entry(operation, operation.tiny, "float64", "cpu")
+    assert row["precision"] == "float64" and row["providers"]["reference"]["worst"] == 0
+    for provider in ("gcng", "gcng-no-extension") if extension("cpu") != "none" else ("gcng",):
+        assert 0 <= row["providers"][provider]["worst"] < 1e-11, provider
 
 
 def test_rates_are_those_of_a_product_and_a_copy():
