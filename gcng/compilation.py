@@ -100,13 +100,15 @@ def _compile_with_ninja(program: str, jobs: Sequence[Job], count: int) -> None:
         line = f"{shlex.join(job.compilation(part))} && {shlex.join(['mv', str(part), str(whole)])}"
         named = re.sub("([$ :])", r"$\1", str(whole))
         lines += [f"build {named}: compile", f"  line = {line.replace('$', '$$')}"]
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "build.ninja")
-        file.write_text("\n".join([f"builddir = {folder}", *lines, ""]), encoding="utf-8")
-        subprocess.run([program, "-f", str(file), "-j", str(count)], capture_output=True, check=False)
-    for job in jobs:
-        if job.part("whole").is_file():
-            _keep(job, job.part("whole"), started)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "build.ninja")
+            file.write_text("\n".join([f"builddir = {folder}", *lines, ""]), encoding="utf-8")
+            subprocess.run([program, "-f", str(file), "-j", str(count)], capture_output=True, check=False)
+    finally:  # an interrupted build goes on from there
+        for job in jobs:
+            if job.part("whole").is_file():
+                _keep(job, job.part("whole"), started)
 
 
 def compile_objects(jobs: Sequence[Job], count: int) -> None:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -167,6 +168,29 @@ def test_a_ninja_that_does_not_work_is_as_none(lines, csrc, tmp_path, monkeypatc
     monkeypatch.setenv("MAX_JOBS", "3")
     assert value_of(build_small(tmp_path), tmp_path) == 1
     assert lines is None or log.read_text().endswith("-j 3\n")
+
+
+@needs_compiler
+def test_an_interrupted_build_goes_on_where_it_was(csrc, tmp_path, monkeypatch):
+    if (program := compilation.ninja()) is None:
+        pytest.skip("ninja is not installed")
+    (csrc / "cpu" / "value.cpp").write_text("#error\n")
+    monkeypatch.setenv("MAX_JOBS", "1")
+    waits = script(tmp_path / "ninja", f'{program} "$@"', f"touch {tmp_path / 'ended'}", "exec sleep 60")
+    monkeypatch.setattr(compilation, "ninja", lambda: str(waits))
+
+    def interrupt() -> None:
+        while not (tmp_path / "ended").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt, daemon=True)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        build_small(tmp_path)
+    thread.join()
+    kept = {path.stem for path in (tmp_path / "objects").rglob("*.cmd")}
+    assert {"alone", "register_value"} <= kept and "value" not in kept
 
 
 @needs_compiler
