@@ -22,7 +22,7 @@ from gcng.ops import layout as layout_module
 from gcng.ops.dispatch import TORCH, TRITON, forced_kernels
 from gcng.ops.layout import ClassMajor, class_major, class_major_beside
 from gcng.ops.synthesis_tiles import Synthesis, class_tensors
-from gcng.ops.transfers import fetched, sent
+from gcng.ops.transfers import capturing, fetched, sent
 from gcng.ops.triton_path import disabled
 from tests.test_losses_golden import memory_plan
 
@@ -307,17 +307,38 @@ def test_the_plan_counts_the_operands_of_the_passes_that_run(autocast):
 
 
 def test_the_default_budget_of_a_gpu_counts_the_cache_and_stays_while_a_graph_is_captured(monkeypatch):
-    device, state = torch.device("cuda", 7), {"capturing": False, "free": 80, "reserved": 0, "allocated": 0}
+    device, asked = torch.device("cuda", 7), []
+    state = {"capturing": False, "free": 80, "reserved": 0, "allocated": 0, "now": 50.0}
     monkeypatch.setattr(graph, "_last_gpu_budget", {})
     monkeypatch.setattr(graph, "capturing", lambda device: state["capturing"])
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (state["free"], 100))
+    monkeypatch.setattr(graph.time, "monotonic", lambda: state["now"])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (asked.append(device), (state["free"], 100))[1])
     for name in ("reserved", "allocated"):
         monkeypatch.setattr(torch.cuda, f"memory_{name}", lambda device, name=name: state[name])
     assert graph._gpu_budget(device) == 40
-    state |= {"free": 20, "reserved": 60}  # what the first iteration used lies in the cache
+    state |= {"free": 20, "reserved": 60, "now": 51.0}  # what the first iteration used lies in the cache
     assert graph._gpu_budget(device) == 40
-    state |= {"allocated": 30}
-    assert graph._gpu_budget(device) == 25
-    state |= {"capturing": True, "free": 2}
+    state |= {"allocated": 30, "now": 51.9}
+    assert graph._gpu_budget(device) == 40 and len(asked) == 2  # the driver is asked once a second
+    state |= {"now": 52.0}
+    assert graph._gpu_budget(device) == 25 and len(asked) == 3
+    state |= {"capturing": True, "free": 2, "now": 99.0}
     assert graph._gpu_budget(device) == 25  # the plan of the warm-up, whose kernels are compiled
     assert graph._gpu_budget(torch.device("cuda", 3)) == (2 + 60 - 30) // 2
+
+
+def test_a_trace_asks_for_the_budget_once_and_captures_nothing(monkeypatch):
+    """What a plan asks of the machine is no part of a compiled graph: it would break it, or stop it."""
+    budgets = [2**22, 2**10]
+    monkeypatch.setattr(graph, "available_memory", lambda: 4 * budgets.pop(0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", None)
+    there, z = torch.device("cuda", 0), torch.ones(8, 8)
+    plan = graph.memory_plan(z, 1, 2**22)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def traced(x):
+        return x * graph.memory_plan(x, 1, None).pairs_per_tile + (100 if capturing(there) else 0)
+
+    for _ in range(2):
+        assert torch.equal(traced(z), z * plan.pairs_per_tile)
+    assert budgets == [2**10]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -180,28 +181,44 @@ def memory_plan(embeddings: Tensor, num_layers: int, budget: int | None) -> Memo
     """What the ops on a batch like ``embeddings`` (N, D) keep within ``budget`` bytes; None is the device's default."""
     n, width = embeddings.shape
     if budget is None:
-        budget = _gpu_budget(embeddings.device) if embeddings.is_cuda else default_budget(available_memory())
+        budget = _default_budget(embeddings.device)
     dtype, device = embeddings.dtype, embeddings.device.type
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     # Asked of the passes that will run: without Triton a GPU holds 16-bit operands in 32 bits.
-    held = operand_dtype(embeddings.new_empty((), dtype=dtype))
+    held = _held_dtype(dtype, embeddings.device)
     name, operand = (str(kind).removeprefix("torch.") for kind in (dtype, held))
     return plan_memory(max(n, 1), width, num_layers, dtype=name, device=device, operand=operand, budget=budget).plan
 
 
-_last_gpu_budget: dict[torch.device, int] = {}
+@torch.compiler.assume_constant_result
+def _default_budget(device: torch.device) -> int:
+    """What a device offers now; a compiled function keeps what it offered when it was compiled."""
+    return _gpu_budget(device) if device.type == "cuda" else default_budget(available_memory())
+
+
+@torch.compiler.assume_constant_result
+def _held_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What operands of a dtype are held in; loads the passes of a device, which no trace can follow."""
+    return operand_dtype(torch.empty((), dtype=dtype, device=device))
+
+
+# To ask the driver takes up to a millisecond, which small batches would see in every iteration.
+_SECONDS_BETWEEN_QUESTIONS = 1.0
+_last_gpu_budget: dict[torch.device, tuple[int, float]] = {}  # and when it was asked for
 
 
 def _gpu_budget(device: torch.device) -> int:
-    """Half of what is free on a GPU, with what torch has in its cache.
+    """Half of what is free on a GPU, with what torch has in its cache; asked for once a second at most.
 
     While a CUDA graph is captured: what the call before had, so that the warm-up and the capture follow one plan.
     """
-    if not (capturing(device) and device in _last_gpu_budget):
+    last = _last_gpu_budget.get(device)
+    now = time.monotonic()
+    if last is None or (now - last[1] >= _SECONDS_BETWEEN_QUESTIONS and not capturing(device)):
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        _last_gpu_budget[device] = (torch.cuda.mem_get_info(device)[0] + cached) // 2
-    return _last_gpu_budget[device]
+        last = _last_gpu_budget[device] = (torch.cuda.mem_get_info(device)[0] + cached) // 2, now
+    return last[0]
 
 
 _NODE_NAMES = {

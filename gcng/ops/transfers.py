@@ -17,7 +17,9 @@ KEPT = 16  # keys of :func:`kept_on_device`
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether what is called on a device now is recorded into a CUDA graph."""
+    """Whether what is called on a device now is recorded into a CUDA graph; not what is traced, which runs later."""
+    if torch.compiler.is_compiling():
+        return False
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
