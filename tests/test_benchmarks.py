@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import signal
 import subprocess
@@ -17,13 +16,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import accuracy, bench_iteration, machine, measure, memory, operations, plan, preparation, published
-from benchmarks.gate import assert_gcng_close, assert_same_formula, formula_error, iteration_arrays, peer_limit
+from benchmarks import accuracy, bench_iteration, machine, measure, memory, operations, plan, preparation
 from benchmarks.iteration import make_batch, make_provider, make_weights, official_name, run_iteration
 from benchmarks.results import Results, setting_of
 from benchmarks.settings import Setting, executed_generator_units, sweep, units_per_pair
 from gcng.memory import MemoryPlan
-from tests.closeness import ClosenessError
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = Setting(1, 16, 8)
@@ -95,129 +92,6 @@ def test_settings_name_a_batch_that_exists():
         Setting(1, 16, 7)
     with pytest.raises(ValueError, match="name is 'dense'"):
         make_provider("dense", SMALL)
-
-
-def arrays_of(provider, precision="float32", rounded_to=None):
-    return ITERATION.prepare(provider, SMALL, precision, rounded_to=rounded_to).arrays()
-
-
-@pytest.fixture(scope="module")
-def truth():
-    return arrays_of("published", "float64", "float32")
-
-
-@pytest.mark.parametrize("key", ["metric/z", "generator/edge0.ff2.w", "classifier/scls.b", "generator/bn_edge.w"])
-def test_the_gate_refuses_a_wrong_gradient(key, truth):
-    baseline, ours = arrays_of("reference"), arrays_of("gcng")
-    check = (truth, baseline, "float32")
-    assert assert_gcng_close(ITERATION, "gcng", ours, *check) < 1e-4
-    ours[f"gradient {key}"] *= 1.002
-    with pytest.raises(ClosenessError, match=f"gcng gradient {key}"):
-        assert_gcng_close(ITERATION, "gcng", ours, *check)
-
-
-def test_the_gate_refuses_a_wrong_loss_and_a_missing_gradient(truth):
-    baseline, ours = arrays_of("reference"), arrays_of("gcng")
-    ours["loss spread"] += 1e-2
-    with pytest.raises(ClosenessError, match="gcng loss spread"):
-        assert_gcng_close(ITERATION, "gcng", ours, truth, baseline, "float32")
-    del ours["gradient generator/gate.w"]
-    with pytest.raises(ClosenessError, match=r"gcng has no \['gradient generator/gate.w'\]"):
-        assert_gcng_close(ITERATION, "gcng", ours, truth, baseline, "float32")
-
-
-def test_a_peer_must_compute_the_same_formula_as_accurately_as_it_likes(truth):
-    theirs = arrays_of("published")
-    assert assert_same_formula("published", theirs, truth, "float32") < 1e-2
-    theirs["gradient metric/z"] *= 1.02
-    with pytest.raises(ClosenessError, match="published gradient metric/z: relative L2 error 2.0e-02"):
-        assert_same_formula("published", theirs, truth, "float32")
-
-
-@pytest.mark.parametrize("provider", ["published", "published-compiled", "reference"])
-def test_what_a_peer_may_be_off_by_grows_as_the_rounding_of_its_sums_does(provider):
-    limits = {N: peer_limit(ITERATION, provider, Setting(1, 128, N), "float32") for N in (40, 160, 320, 640, 8192)}
-    assert limits[40] == limits[160] == 1e-2  # as every peer
-    assert limits[320] < 3e-2 and 8 * 1.2e-2 < limits[640] < 0.1 and limits[8192] == 0.3
-    assert peer_limit(ITERATION, provider, SMALL, "float64") == 1e-9
-    for name, operation in (("gcng", ITERATION), ("liger", ITERATION), (provider, operations.load("edges"))):
-        assert peer_limit(operation, name, Setting(1, 128, 640), "float32") == 1e-2
-
-
-class _Changed:
-    """A module, some of whose names mean something else."""
-
-    def __init__(self, module, **changes):
-        self._module, self._changes = module, changes
-
-    def __getattr__(self, name):
-        return self._changes.get(name) or getattr(self._module, name)
-
-
-class _Unbiased(torch.nn.BatchNorm1d):
-    def forward(self, x):
-        return super().forward(x) * (1 - 1 / x.shape[0]) ** 0.5
-
-
-_constants = published.LossConstants
-# What a formulation could get wrong and stay close to right: one name of the module, what it is then.
-CHANGED_FORMULAS = {
-    "gelu": ("nnf", {"gelu": lambda x: torch.nn.functional.gelu(x, approximate="tanh")}),
-    "attention scale": ("math", {"sqrt": lambda width: math.sqrt(width + 1)}),
-    "no extra logit": ("torch", {"cat": lambda x, dim: torch.cat((x[0], x[1] - math.inf), dim)}),
-    "unbiased variance": ("nn", {"BatchNorm1d": _Unbiased}),
-    "eps of a norm": ("nn", {"LayerNorm": lambda width: torch.nn.LayerNorm(width, eps=1.1e-5)}),
-    "distance eps": ("_DISTANCE_EPS", 1.1e-6),
-    "weight of a loss": ("LossConstants", lambda: _constants(l2_reg=3.003e-3)),
-    "mask of (25)": ("LossConstants", lambda: _constants(official_sim_mask=True)),
-    "alpha of (16)": ("LossConstants", lambda: _constants(alpha=5.01)),
-}
-
-
-@pytest.mark.parametrize("name", CHANGED_FORMULAS)
-def test_a_changed_formula_is_caught_however_little_it_changes(name, monkeypatch):
-    attribute, change = CHANGED_FORMULAS[name]
-    if isinstance(change, dict):
-        change = _Changed(getattr(published, attribute), **change)
-    formula_error.cache_clear()
-    monkeypatch.setattr(published, attribute, change)
-    try:
-        with pytest.raises(ClosenessError, match="published beside reference at N8-D16-L1: .* over 1e-09 for float64"):
-            formula_error("iteration", "published", Setting(1, 128, 640))
-        with pytest.raises(ClosenessError, match="reference beside published"):
-            formula_error("iteration", "reference", Setting(1, 128, 640))
-    finally:
-        formula_error.cache_clear()
-
-
-@pytest.mark.parametrize("name", operations.OPERATIONS)
-def test_the_forms_written_here_have_the_same_formulas(name):
-    for setting in (Setting(1, 128, 640), Setting(2, 64, 160, samples_per_class=4)):
-        for provider in operations.load(name).providers:
-            proven = formula_error(name, provider, setting)
-            assert proven < 1e-11
-            assert (proven > 0) <= (provider.removesuffix("-compiled") in ("published", "reference"))
-
-
-def test_a_peer_with_a_changed_formula_is_not_timed(tmp_path, monkeypatch):
-    """Its error here is far below what rounding may do."""
-    formula_error.cache_clear()
-    monkeypatch.setattr(published, "_DISTANCE_EPS", 1.1e-6)
-    session = preparation.Preparation(Results.open(tmp_path / "r.json"), "cpu", 1, float("inf"), 1e12, memory_too=False)
-    entry = plan.Entry("iteration", SMALL, ("published", "reference", "gcng"), rounds=1)
-    try:
-        with pytest.raises(pytest.skip.Exception, match="published beside reference"):
-            session.ready(plan.cases_of([entry])[0])
-    finally:
-        formula_error.cache_clear()
-    assert session.current.row["providers"]["published"]["status"] == "refused"
-
-
-def test_what_is_zero_or_cancels_is_left_out_of_the_gate():
-    outcome = run_iteration(make_provider("gcng", SMALL), make_batch(SMALL), keep_gradients=True)
-    names = iteration_arrays(outcome)
-    assert "loss diversity" not in names and "loss spread" in names
-    assert "generator/edge0.k.b" in outcome.gradients and "gradient generator/edge0.k.b" not in names
 
 
 def test_the_cache_of_torch_counts_as_available_on_a_gpu(monkeypatch):
