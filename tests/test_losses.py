@@ -123,6 +123,33 @@ def test_order_of_the_batch_does_not_matter(num_layers: int, plan: MemoryPlan, o
     assert_same((ours[0], ours[1][inverse], ours[2]), truth)
 
 
+@pytest.mark.parametrize("plan", list(PLANS.values()), ids=list(PLANS))
+@pytest.mark.parametrize("num_layers", (1, 2))
+@pytest.mark.parametrize("phase", ("metric_terms", "generator_terms"))
+def test_backward_repeats_and_gives_any_part(phase: str, num_layers: int, plan: MemoryPlan, monkeypatch) -> None:
+    criterion, (z, y, mix) = make_criterion(num_layers), batch_of(BATCHES["ragged, shuffled"])
+
+    def total(x: torch.Tensor) -> torch.Tensor:
+        return getattr(criterion, phase)(x, y, mix=mix, generator=torch.Generator().manual_seed(1)).total
+
+    # One parameter of each kind, the weight where there is one, and the embeddings.
+    leaves = {name.split(".")[-2]: p for name, p in reversed(list(criterion.named_parameters()))}
+    leaves |= {"z": z.clone().requires_grad_()} if phase == "metric_terms" else {}
+    with memory_plan(monkeypatch, plan):
+        value = total(leaves.get("z", z))
+        options = dict(retain_graph=True, allow_unused=True)
+        first, again = (torch.autograd.grad(value, list(leaves.values()), **options) for _ in range(2))
+        for (name, leaf), a, b in zip(leaves.items(), first, again, strict=True):
+            assert (a is None and b is None) or torch.equal(a, b), name
+            if a is None:
+                continue
+            criterion.requires_grad_(False)
+            alone = leaf.detach().clone().requires_grad_() if name == "z" else leaf.requires_grad_()
+            (grad,) = torch.autograd.grad(total(alone if name == "z" else z), alone)
+            criterion.requires_grad_(True)
+            assert (grad - a).abs().max() <= 1e-11 * a.abs().max() + 1e-14, name
+
+
 def test_tile_size_does_not_matter(monkeypatch) -> None:
     criterion, (z, y, mix) = make_criterion(2), batch_of([0, 0, 1, 1, 2, 2, 3, 3, 4, 4])
     results = []
