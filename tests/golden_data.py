@@ -62,7 +62,8 @@ class Golden:
     def error(self, key: str, ours: Tensor) -> float:
         """Largest absolute difference to the stored array, relative to the array's maximum.
 
-        A sampled array is compared row by row and through its stored projections.
+        A sampled array is compared row by row and through its stored sums; the last number of ``#stat`` weighs the
+        elements by numbers that are not recorded.
         """
         ours = ours.detach().to(torch.float64).numpy()
         if key in self.arrays:
