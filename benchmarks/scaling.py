@@ -1,8 +1,9 @@
 """How time and memory grow: least squares in logarithms over the rows of a results file that differ in one size.
 
-An exponent comes with its spread: the standard error of the slope, or, for two points, what the spread of the two
-times allows. Beside it stand two models: the same fit to the useful operations of the same settings, which is what the
-arithmetic alone would give at these sizes, and EXPECTED, the power that leads when the size is large.
+An exponent comes with its spread, the standard error of the slope over MIN_POINTS sizes or more. Beside it stand models
+of the same settings: for the time the same fit to the useful operations, which is what the arithmetic alone would give
+at these sizes; for the memory of gcng's iteration the same fit to what `gcng.estimate_memory` says; and EXPECTED, the
+power that leads when the size is large.
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from benchmarks.operations import PRECISIONS
+from benchmarks.plan import OURS
 from benchmarks.results import measured_time, setting_of
 from benchmarks.settings import Setting
+from gcng.memory import default_budget, estimate_memory
 
 SIZES = {"N": "samples", "D": "embedding_size", "L": "num_layers", "C": "training_classes", "K": "samples_per_class"}
 MIN_POINTS = 3
@@ -35,7 +39,7 @@ class Fit(NamedTuple):
     """``value ~ size ** exponent``."""
 
     exponent: float
-    error: float  # standard error of the exponent
+    error: float  # standard error of the exponent; two points leave it unknown, infinite
     points: int
 
 
@@ -51,6 +55,8 @@ class Scaling(NamedTuple):
     time: Fit | None
     memory: Fit | None
     model: Fit | None
+    estimate: Fit | None = None  # of memory, by the model
+    of_estimate: float | None = None  # measured peak over estimate at the largest size that has both
 
     @property
     def expected(self) -> tuple[int, int] | None:
@@ -68,7 +74,7 @@ def fit(sizes: Iterable[float], values: Iterable[float]) -> Fit:
     spread = sum((a - mean_x) ** 2 for a in x)
     slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / spread
     left = sum((b - mean_y - slope * (a - mean_x)) ** 2 for a, b in zip(x, y, strict=True))
-    error = math.sqrt(left / (n - 2) / spread) if n > 2 else 0.0
+    error = math.sqrt(left / (n - 2) / spread) if n > 2 else math.inf
     return Fit(slope, error, n)
 
 
@@ -86,8 +92,28 @@ def scalings(results: dict, provider: str = "gcng") -> list[Scaling]:
             groups.setdefault((row["operation"], row["precision"], others), {})[getattr(setting, attribute)] = row
         for (operation, precision, others), by_size in groups.items():
             if len(by_size) >= MIN_POINTS:
-                found.append(_scaling(operation, precision, provider, size, others, by_size))
+                estimates = {s: estimated_bytes(results["machine"], row, provider) for s, row in by_size.items()}
+                found.append(_scaling(operation, precision, provider, size, others, by_size, estimates))
     return found
+
+
+def estimated_bytes(machine: dict, row: dict, provider: str = "gcng") -> int | None:
+    """What the model of gcng says of a row's peak: `gcng.estimate_memory`, embeddings, weights and their gradients.
+
+    On a CPU, with the budget that the losses have there by default; an iteration by gcng only, else None. It counts the
+    workspace of a tile as if all its tensors lived at once, so that the peak of a small batch lies well below.
+    """
+    if row["operation"] != "iteration" or provider not in OURS or "gpu" in machine:
+        return None
+    setting, dtype = setting_of(row), str(PRECISIONS[row["precision"]]).removeprefix("torch.")
+    try:
+        estimate = estimate_memory(
+            setting.samples, setting.embedding_size, setting.num_layers, samples_per_class=setting.samples_per_class,
+            dtype=dtype, memory_budget=default_budget(machine["memory_bytes"]),
+        )  # fmt: skip
+    except MemoryError:
+        return None
+    return estimate.peak_bytes + int(row["work"]["forward"]["bytes"])
 
 
 def _others(setting: Setting, attribute: str) -> tuple[tuple[str, int], ...]:
@@ -99,12 +125,20 @@ def _others(setting: Setting, attribute: str) -> tuple[tuple[str, int], ...]:
 
 
 def _scaling(
-    operation: str, precision: str, provider: str, size: str, others: tuple, by_size: dict[int, dict]
+    operation: str,
+    precision: str,
+    provider: str,
+    size: str,
+    others: tuple,
+    by_size: dict[int, dict],
+    estimates: dict[int, int | None],
 ) -> Scaling:
     sizes = sorted(by_size)
     times = {s: t["median"] for s in sizes if (t := measured_time(by_size[s], provider))}
     peaks = {s: m for s in sizes if (m := by_size[s]["providers"][provider].get("memory", {}).get("peak_bytes", 0)) > 0}
     work = {s: by_size[s]["work"].get("both", by_size[s]["work"]["forward"])["flops"] for s in sizes}
-    fits = [fit(x, x.values()) if len(x) >= MIN_POINTS else None for x in (times, peaks, work)]
+    modeled = {s: estimates[s] for s in peaks if estimates[s]}
+    fits = [fit(x, x.values()) if len(x) >= MIN_POINTS else None for x in (times, peaks, work, modeled)]
     fixed = ", ".join(f"{letter} = {value}" for letter, value in others if value)
-    return Scaling(operation, precision, provider, size, fixed, tuple(sizes), *fits)
+    share = peaks[max(modeled)] / modeled[max(modeled)] if modeled else None
+    return Scaling(operation, precision, provider, size, fixed, tuple(sizes), *fits, share)
