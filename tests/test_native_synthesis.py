@@ -17,6 +17,7 @@ from gcng.ops import dispatch, native
 from gcng.ops.native_synthesis_kernels import NativeSynthesisKernels
 from gcng.ops.pair_kernels import TorchPairKernels
 from gcng.ops.synthesis_tiles import TorchSynthesisKernels
+from tests.mean_errors import MeanErrors
 from tests.run_case import equal_bits
 from tests.synthesis_sides import (
     SideCase,
@@ -26,6 +27,7 @@ from tests.synthesis_sides import (
     rounded,
     run_passes,
     side_case,
+    ties_by_rounding,
 )
 from tests.test_losses import BATCHES, assert_same, batch_of, make_criterion, run
 from tests.test_losses_golden import PLANS, memory_plan
@@ -54,11 +56,26 @@ def big_case(counts: str, width: int, kind: str, *, mirrored: bool = False) -> S
     return side_case(draw, COUNTS[counts], width, anchors=KINDS[kind], classes=classes, mirrored=mirrored, margin=1)
 
 
-@settings(max_examples=3000)
-@given(st.integers(0, 2**32 - 1))
-def test_fuzzed_equals_torch(seed: int) -> None:
-    case = draw_case(seed)
-    assert_same_to_rounding(run_passes(NATIVE, case, torch.float64), run_passes(TORCH, case, torch.float64))
+def test_fuzzed_equals_torch() -> None:
+    """To rounding in float64; in float32, a sixth of the cases, about as accurate in the mean."""
+    errors = MeanErrors()
+
+    @settings(max_examples=3000)
+    @given(st.integers(0, 2**32 - 1))
+    def one_case(seed: int) -> None:
+        case = draw_case(seed)
+        if seed % 6:
+            ours, truth = (run_passes(kernels, case, torch.float64) for kernels in (NATIVE, TORCH))
+            assert_same_to_rounding(ours, truth, case)
+            return
+        case = rounded(case, torch.float32)
+        truth, baseline = (run_passes(TORCH, case, dtype) for dtype in (torch.float64, torch.float32))
+        ours = run_passes(NATIVE, case, torch.float32)
+        if not ties_by_rounding(case, truth):
+            errors.add(ours, truth, baseline)
+
+    one_case()
+    errors.check()
 
 
 @pytest.mark.parametrize("mirrored", (False, True))

@@ -13,6 +13,8 @@ from torch import Tensor
 import gcng.functional as F
 from gcng.ops import native, synthesis
 from gcng.ops.native_synthesis_kernels import NativeSynthesisKernels
+from gcng.ops.synthesis_tiles import DISTANCE_OFFSET
+from tests.mean_errors import MeanErrors
 from tests.run_case import equal_bits
 from tests.synthesis_sides import ODD_WIDTHS
 
@@ -50,20 +52,48 @@ def assert_same(ours: dict[str, Tensor], truth: dict[str, Tensor], bound: float 
         assert error <= bound * expected.abs().max().clamp(min=1), (name, error, expected.abs().max())
 
 
-@settings(max_examples=3000)
-@given(st.integers(0, 2**32 - 1))
-def test_fuzzed_equals_torch(seed: int) -> None:
-    case, before = draw(seed), (synthesis.DENSE_PAIRS, torch.get_num_threads())
+def ties_by_rounding(z: Tensor) -> bool:
+    """Whether two nodes are as far from a third up to roundings: see :func:`tests.synthesis_sides.ties_by_rounding`."""
+    distance = (z[None] - z[:, None] - DISTANCE_OFFSET).norm(dim=2).sort(1).values
+    gap = distance.diff(dim=1)
+    return bool(((gap > 0) & (gap <= 1e-5 * distance[:, 1:])).any())
+
+
+def blocked(seed: int, case: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """Results of the compiled passes in blocks, and on a number of threads, that the seed chooses."""
+    before = synthesis.DENSE_PAIRS, torch.get_num_threads()
     try:
         synthesis.DENSE_PAIRS = (1, 9, 4096, 4096)[seed % 4]
         torch.set_num_threads(1 + seed % 3)
-        ours = results(*case)
+        return results(*case)
     finally:
         synthesis.DENSE_PAIRS = before[0]
         torch.set_num_threads(before[1])
-    with native.disabled():
-        truth = results(*case)
-    assert_same(ours, truth)
+
+
+def test_fuzzed_equals_torch() -> None:
+    """To rounding in float64; in float32, a fifth of the cases, about as accurate in the mean."""
+    errors = MeanErrors()
+
+    @settings(max_examples=3000)
+    @given(st.integers(0, 2**32 - 1))
+    def one_case(seed: int) -> None:
+        case = draw(seed)
+        if seed % 5:
+            with native.disabled():
+                truth = results(*case)
+            assert_same(blocked(seed, case), truth)
+            return
+        narrow = tuple(x.float() if x.is_floating_point() else x for x in case)
+        exact = tuple(x.double() if x.is_floating_point() else x for x in narrow)
+        with native.disabled():
+            truth, baseline = results(*exact), results(*narrow)
+        ours = blocked(seed, narrow)
+        if not ties_by_rounding(exact[0]):
+            errors.add(ours, truth, baseline)
+
+    one_case()
+    errors.check()
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
