@@ -44,11 +44,13 @@ def synthesize_negatives(
     layout = class_layout(labels)
     h, _ = pulled_negatives(z, labels, gate, kappa)
     columns = []
+    pulled = h.unbind(1)  # one gradient for all of them, where h[:, member] would make an (N, N, D) for each
     for members in layout.members:
-        chain = h[:, members[0]]
-        for step, member in enumerate(members[1:].tolist()):
+        first, *others = members.tolist()
+        chain = pulled[first]
+        for step, member in enumerate(others):
             lam = mix[layout.rank.clamp(max=mix.shape[0] - 1), step][:, None]
-            chain = (1 - lam) * h[:, member] + lam * chain
+            chain = (1 - lam) * pulled[member] + lam * chain
         columns.append(chain)
     syn = torch.stack(columns, 1) if columns else h  # no sample, no class: h is (0, 0, D) then
     return torch.where(layout.is_anchor[:, None, None], syn, torch.zeros_like(syn))
