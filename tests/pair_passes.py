@@ -103,12 +103,15 @@ class Draws:
 
     def source(self, kind: str) -> Edges:
         """Edges of a kind."""
-        rows = {PRODUCT: self.setting.n, PACKED: pair_count(self.setting.n), TILE: self.setting.pairs}[kind]
+        if kind == PACKED:
+            return Edges(self.packed(), kind, self.setting.n)
+        rows = {PRODUCT: self.setting.n, TILE: self.setting.pairs}[kind]
         return Edges(self.operand(rows, self.setting.width), kind, self.setting.n)
 
-    def packed(self, width: int | None = None) -> Tensor:
-        """Packed storage of operands, (P, width)."""
-        return self.operand(pair_count(self.setting.n), self.setting.width if width is None else width)
+    def packed(self, width: int | None = None, *, wide: bool = False) -> Tensor:
+        """Packed storage (P, width) of operands, or of what is stored as sums are."""
+        shape = pair_count(self.setting.n), self.setting.width if width is None else width
+        return self.wide(*shape) if wide else self.operand(*shape)
 
 
 Outputs = dict[str, Tensor]
@@ -226,8 +229,9 @@ def _epilogue(kernels, draws, s, packed) -> Outputs:
 
 @_case("epilogue_backward", packed=False, kept=False)
 @_case("epilogue_backward packed", packed=True, kept=True)
-def _epilogue_backward(kernels, draws, s, packed, kept) -> Outputs:
-    grad = draws.wide(pair_count(s.n) if packed else s.pairs, s.width)
+@_case("epilogue_backward packed narrow", packed=True, kept=True, narrow=True)  # as an op stores the gradient of edges
+def _epilogue_backward(kernels, draws, s, packed, kept, narrow=False) -> Outputs:
+    grad = draws.packed(wide=not narrow) if packed else draws.wide(s.pairs, s.width)
     out = draws.wide(s.pairs, s.width) if packed else grad
     w2 = draws.packed() if kept else draws.wide(s.pairs, s.width)
     x, scaled, prepared = draws.operand(s.pairs, s.width), draws.operand(s.pairs, s.width), draws.prepared()

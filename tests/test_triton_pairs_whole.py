@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -18,16 +19,19 @@ from gcng.ops.pair_kernels import PRODUCT, Edges, TorchPairKernels
 from gcng.ops.synthesis_tiles import TorchSynthesisKernels
 from gcng.ops.tiles import Tile, pair_count
 from gcng.ops.triton_pair_kernels import TritonPairKernels
-from tests.pair_passes import Draws, Setting
-from tests.pair_products import layer_of
+from tests.pair_passes import PASSES, Draws, Setting
+from tests.pair_products import CASES, layer_of
 from tests.test_losses import assert_same
 from tests.test_losses import run as run_criterion
 from tests.test_losses_golden import memory_plan
-from tests.triton_interpreter import check_isolated, spread_rows
+from tests.triton_interpreter import check_isolated, run_isolated, spread_rows
 
 pytestmark = pytest.mark.interpreter
 
 KERNELS = TritonPairKernels()
+# Beside the passes that say "packed": those that keep a stash, or read and write storage whatever their name.
+KEEPING = ("store", "load", "load upper", "add_packed", "hidden", "messages stash", "gates summed")
+STORING = re.compile("packed|stash")
 
 
 GUARDED = """
@@ -38,27 +42,49 @@ from gcng.ops.triton_pair_kernels import TritonPairKernels
 from gcng.kernels.product_tiles import EdgeProducts, ProductSchedule
 from tests.pair_passes import PASSES, Draws, Setting
 from tests.pair_products import CASES
-from tests.triton_interpreter import guarded
+from tests.triton_interpreter import guard_allocations, guarded
 blocks = ProductSchedule(4, 2, 16, 32, 16)
 schedules = EdgeProducts(blocks, blocks, blocks, blocks, blocks)
-draw, empty = Draws._draw, torch.Tensor.new_empty
+draw = Draws._draw
 Draws._draw = lambda *arguments: guarded(draw(*arguments))
-torch.Tensor.new_empty = lambda *arguments, **options: guarded(empty(*arguments, **options))
-for tile in (Tile(2, 5, 2, 7), Tile(0, 2, 5, 7)):
+guard_allocations()  # running sums and what launchers allocate
+for tile, dtype in ((Tile(2, 5, 2, 7), torch.float32), (Tile(0, 2, 5, 7), torch.float16)):
     for name, run in PASSES.items():
-        setting = Setting(7, 5, tile, torch.float32)
+        setting = Setting(7, 5, tile, dtype)
         assert run(TritonPairKernels(), Draws(setting), setting)
     for run, option in CASES.values():
-        assert run(Draws(Setting(7, 5, tile, torch.float32)), schedules, option)
+        assert run(Draws(Setting(7, 5, tile, dtype)), schedules, option)
     wide = replace(schedules, second_map=replace(blocks, block_n=16))
     for name in ("second map", "second map packed"):
         run, option = CASES[name]
-        assert run(Draws(Setting(7, 21, tile, torch.float32)), wide, option)
+        assert run(Draws(Setting(7, 21, tile, dtype)), wide, option)
 """
 
 
 def test_no_pass_touches_memory_behind_a_tensor() -> None:
     check_isolated(GUARDED)
+
+
+# A launcher that stores one row behind the running sums that it is given.
+PLANTED = """
+import torch
+from gcng.kernels import pair_tiles
+from tests.pair_passes import Draws, Setting
+from gcng.ops.tiles import Tile
+from tests.triton_interpreter import guard_allocations
+guard_allocations()
+draws = Draws(Setting(7, 5, Tile(2, 5, 2, 7), torch.float32))
+sums = draws.sums(draws.prepared())
+width, launch = sums.ln_bias.numel(), pair_tiles.launch
+if PLANT:
+    pair_tiles.launch = lambda kernel, grid, *a, **k: launch(kernel, grid, *a, **k | {"WIDTH": 8192})
+pair_tiles.add_parts(torch.zeros(1, 1, 1, width), [sums.ln_bias])
+"""
+
+
+def test_running_sums_end_at_a_page_that_no_store_survives() -> None:
+    check_isolated(PLANTED.replace("PLANT:", "False:"))
+    assert run_isolated(PLANTED.replace("PLANT:", "True:")).returncode < 0
 
 
 def reserved(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
@@ -81,6 +107,49 @@ def test_packed_storage_beyond_32_bits() -> None:
     mean, rstd = KERNELS.hidden(packed, hidden, n, tile, packed=True)
     assert torch.allclose(hidden, torch.nn.functional.gelu(expected.view(6, width)), atol=1e-6)
     assert mean.isfinite().all() and rstd.isfinite().all()
+
+
+class FarDraws(Draws):
+    """Packed storage has P rows, of which those of the tile alone are drawn, and the others never touched."""
+
+    def packed(self, width: int | None = None, *, wide: bool = False) -> torch.Tensor:
+        draw, s = self.wide if wide else self.operand, self.setting
+        width = s.width if width is None else width
+        kind = self.dtype or (s.wide if wide else s.operand)
+        out = reserved(pair_count(s.n), width, kind)
+        for positions in upper_positions(s.n, s.tile):
+            out[positions] = draw(positions.stop - positions.start, width)
+        return out
+
+
+def upper_positions(n: int, tile: Tile) -> list[slice]:
+    """Packed positions of the pairs of a tile on or above the diagonal, row by row."""
+    starts = [(row, max(row, tile.c0), row * n - row * (row - 1) // 2 - row) for row in range(tile.r0, tile.r1)]
+    return [slice(start + first, start + tile.c1) for _, first, start in starts]
+
+
+PACKING = [*(name for name in PASSES if "packed" in name or name in KEEPING), *(n for n in CASES if STORING.search(n))]
+
+
+@pytest.mark.parametrize("name", PACKING)
+def test_every_pass_reaches_packed_storage_beyond_32_bits(name: str) -> None:
+    """Against plain torch, which addresses rows by 64 bits: what was touched is equal, all of it beyond 2^31."""
+    n, tile, is_pass = 50_000, Tile(49_997, 49_999, 49_997, 50_000), name in PASSES
+    setting = Setting(n, 2 if is_pass else 20, tile, torch.float32)
+    assert pair_count(n) * setting.width > 2**31
+    if is_pass:
+        ours = PASSES[name](KERNELS, FarDraws(setting), setting)
+        truth = PASSES[name](TorchPairKernels(), FarDraws(setting), setting)
+    else:
+        run, option = CASES[name]
+        schedule = ProductSchedule(4, 2, 16, 32, 16)
+        ours, truth = (run(FarDraws(setting), form, option) for form in (EdgeProducts(*[schedule] * 5), None))
+    assert ours.keys() == truth.keys()
+    for key, value in ours.items():
+        places = upper_positions(n, tile) if value.dim() and len(value) == pair_count(n) else [...]
+        for place in places:
+            found, expected = value[place], truth[key][place]
+            assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4), (key, found, expected)
 
 
 @pytest.mark.parametrize("block_n", [32, 16], ids=["whole rows", "wide rows"])

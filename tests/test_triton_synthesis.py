@@ -250,13 +250,18 @@ def test_stays_inside_its_tensors() -> None:
         """
 import torch
 import tests.test_triton_synthesis as test
-from tests.triton_interpreter import guarded
-plain = torch.Tensor.new_empty
-torch.Tensor.new_empty = lambda self, *a, **k: guarded(plain(self, *a, **k).zero_())
+from tests.triton_interpreter import guard_allocations, guarded
+from gcng.ops import synthesis_tiles
+classes, weights = synthesis_tiles.class_tensors, synthesis_tiles.chain_weights
+synthesis_tiles.class_tensors = lambda *a: (made := classes(*a))._replace(
+    **{name: guarded(x) for name, x in made._asdict().items() if isinstance(x, torch.Tensor)}
+)
+synthesis_tiles.chain_weights = lambda *a: guarded(weights(*a))
+guard_allocations()
 for module in (test.synthesis, test.synthesis_gradient):
     module.synthesis_tile = lambda *_: test.TILE
-for counts, width in (([2, 3], 35), ([1, 2], 1)):
-    case = test.make_case(counts, width, torch.float32, torch.float16)
+for counts, width, stored in (([2, 3], 35, torch.float16), ([1, 2], 1, torch.float16), ([2, 1], 21, torch.float32)):
+    case = test.make_case(counts, width, torch.float32, stored)
     case.z, case.mix, case.gate = guarded(case.z), guarded(case.mix), guarded(case.gate)
     found = test.run(case, test.TRITON, torch.float32, widen=False)
     assert all(x.isfinite().all() for x in found.values())
