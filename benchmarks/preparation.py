@@ -14,7 +14,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import machine, memory, operations, rates
-from benchmarks.gate import assert_gcng_close, assert_same_formula, formula_error, peer_limit
+from benchmarks.gate import assert_gcng_close, assert_same_formula, formula_error, gradient_limit
 from benchmarks.memory import one_line
 from benchmarks.operations import Operation, Ready, Unavailable
 from benchmarks.plan import COMPILING, Case, Entry, providers_of
@@ -207,7 +207,7 @@ class Preparation:
         if name in OURS and baseline is not None and self.current.row["truth"].endswith("float64"):
             return assert_gcng_close(ready.operation, name, arrays, truth, baseline, precision)
         formula_error(ready.operation.name, name, entry.setting)
-        limit = peer_limit(ready.operation, name, entry.setting, precision)
+        limit = gradient_limit(ready.operation, name, entry.setting, precision)
         return assert_same_formula(name, arrays, truth, precision, limit)
 
     def _make(self, operation: Operation, name: str) -> Ready | None:

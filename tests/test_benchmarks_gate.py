@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import bench_iteration, operations, plan, preparation, published
-from benchmarks.gate import assert_gcng_close, assert_same_formula, formula_error, iteration_arrays, peer_limit
+from benchmarks.gate import assert_gcng_close, assert_same_formula, formula_error, gradient_limit, iteration_arrays
 from benchmarks.iteration import make_batch, make_provider, run_iteration
 from benchmarks.results import Results
 from benchmarks.settings import Setting
@@ -56,13 +56,26 @@ def test_a_peer_must_compute_the_same_formula_as_accurately_as_it_likes(truth):
 
 
 @pytest.mark.parametrize("provider", ["published", "published-compiled", "reference"])
-def test_what_a_peer_may_be_off_by_grows_as_the_rounding_of_its_sums_does(provider):
-    limits = {N: peer_limit(ITERATION, provider, Setting(1, 128, N), "float32") for N in (40, 160, 320, 640, 8192)}
-    assert limits[40] == limits[160] == 1e-2  # as every peer
-    assert limits[320] < 3e-2 and 8 * 1.2e-2 < limits[640] < 0.1 and limits[8192] == 0.3
-    assert peer_limit(ITERATION, provider, SMALL, "float64") == 1e-9
+def test_gradients_of_a_proven_form_have_no_limit_where_rounding_explains_more(provider, truth):
+    limits = {N: gradient_limit(ITERATION, provider, Setting(1, 128, N), "float32") for N in (8, 40, 160, 320, 640)}
+    assert limits == {8: 1e-2, 40: 1e-2, 160: 1e-2, 320: math.inf, 640: math.inf}
+    wide = Setting(1, 128, 640)
+    assert gradient_limit(ITERATION, provider, wide, "float64") == 1e-9
+    assert gradient_limit(ITERATION, provider, wide, "bfloat16") == 0.3
     for name, operation in (("gcng", ITERATION), ("liger", ITERATION), (provider, operations.load("edges"))):
-        assert peer_limit(operation, name, Setting(1, 128, 640), "float32") == 1e-2
+        assert gradient_limit(operation, name, wide, "float32") == 1e-2
+    theirs = arrays_of("published")
+    theirs["gradient generator/edge0.ln.b"] *= -4
+    assert assert_same_formula(provider, theirs, truth, "float32", limits[640]) == pytest.approx(5, rel=1e-3)
+    with pytest.raises(ClosenessError, match="gradient generator/edge0.ln.b: relative L2 error 5"):
+        assert_same_formula(provider, theirs, truth, "float32", limits[160])
+    theirs["gradient metric/z"][0, 0] = math.inf
+    with pytest.raises(ClosenessError, match="gradient metric/z: relative L2 error inf"):
+        assert_same_formula(provider, theirs, truth, "float32", limits[640])
+    theirs = arrays_of("published")
+    theirs["loss class_ce"] *= 1.02
+    with pytest.raises(ClosenessError, match="loss class_ce: relative L2 error 2.0e-02, over 1e-02"):
+        assert_same_formula(provider, theirs, truth, "float32", limits[640])
 
 
 class _Changed:
