@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from triton import knobs
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 # The interpreter has no architecture; it runs the tiles of this one.
 INTERPRETER_ARCHITECTURE = 90
@@ -109,8 +108,7 @@ def input_precision(dtype: torch.dtype) -> str:
 
 
 def _device_of(name: str, arguments: Iterable[Any]) -> torch.device:
-    tensors = [x.base if isinstance(x, TensorDescriptor) else x for x in arguments]
-    devices = {x.device for x in tensors if isinstance(x, Tensor)}
+    devices = {x.device for x in arguments if isinstance(x, Tensor)}
     if len(devices) != 1:
         raise ValueError(f"{name}: the tensors of a launch must share one device, got {sorted(map(str, devices))}")
     return devices.pop()

@@ -1,8 +1,9 @@
 """Compiles the kernels that ship for GPUs that are not here, and holds what comes out to their limits.
 
-A module of ``kernels/`` lists its launches in ``compilation_cases()``: each case calls a launcher on meta tensors,
-``recorded_launches`` keeps the launches, and their signatures are derived from the recorded arguments as triton
-derives them. Nothing is written down twice, so what is compiled here is what a GPU would run.
+What a training step launches is recorded from the ops (tests/shipped_launches.py), under the names "shipped" (what
+every run of the tests compiles) and e.g. "shipped bfloat16 768" (all of one width). Beside it a module of ``kernels/``
+lists launches in ``compilation_cases()``: forms that no step takes, dtypes and odd widths. Signatures are derived from
+the recorded arguments as triton derives them, so what is compiled here is what a GPU would run.
 
     python -m tests.ahead_of_time class_cross_entropy --architectures 90     prints the resources of every kernel
 
@@ -31,8 +32,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = (80, 90, 100)
-SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-TENSOR_CORES = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 # Local memory instructions outside the loops around products, paid once for a tile; versions of triton differ in them.
 FEW_SPILLS = 64
 # Products in SASS, by tensor cores and, for float32 without them, by fused multiply-add.
@@ -77,15 +78,12 @@ def kernel_modules() -> list[str]:
 def _type_of(value: Any) -> tuple[str, bool]:
     """Triton's type of a runtime argument, and whether it is a multiple of 16; mirrors what a launch specializes on."""
     import torch
-    from triton.tools.tensor_descriptor import TensorDescriptor
 
     if value is None:
         return "constexpr", False
     if isinstance(value, torch.Tensor):
         aligned = value.storage_offset() * value.element_size() % 16 == 0
         return "*" + TYPES[str(value.dtype).removeprefix("torch.")], aligned
-    if isinstance(value, TensorDescriptor):
-        return f"tensordesc<{TYPES[str(value.base.dtype).removeprefix('torch.')]}{list(value.block_shape)}>", False
     if isinstance(value, bool):
         return "u1", False
     if isinstance(value, int):
@@ -111,6 +109,12 @@ def _signature(launch: Any) -> tuple[dict[str, str], dict[tuple[int], Any], dict
         elif aligned:
             attributes[(place,)] = [["tt.divisibility", 16]]
     return signature, constants, attributes
+
+
+def identity(launch: Any) -> tuple:
+    """What tells compiled programs apart, but for the alignment of arguments."""
+    signature, constants, _ = _signature(launch)
+    return launch.kernel.fn.__name__, repr(signature), repr(constants), launch.schedule
 
 
 def _disassembled(cubin: bytes) -> tuple[list[tuple[int, str]], int]:
@@ -155,14 +159,13 @@ def _spills(code: list[tuple[int, str]]) -> tuple[int, int]:
     return count(everything, ("LDL", "STL")), sum(innermost)
 
 
-def _wants_tensor_cores(ttir: str) -> bool:
-    """Whether a product of the kernel is of a kind that every supported architecture multiplies in tensor cores."""
+def _tensor_core_products(ttir: str) -> list[bool]:
+    """For each product of the kernel, whether every supported architecture multiplies its kind in tensor cores."""
+    products = []
     for line in ttir.splitlines():
-        if "tt.dot" in line:
-            operand = re.search(r": tensor<[0-9x]+x(\w+)", line)
-            if operand and (operand[1] in ("f16", "bf16") or "inputPrecision = tf32" in line):
-                return True
-    return False
+        if "tt.dot" in line and (operand := re.search(r": tensor<[0-9x]+x(\w+)", line)):
+            products.append(operand[1] in ("f16", "bf16") or "inputPrecision = tf32" in line)
+    return products
 
 
 def broken_rules(case: Any, kernel: str, arch: int, assembly: dict, shared: int, spills: tuple[int, int]) -> list[str]:
@@ -177,9 +180,13 @@ def broken_rules(case: Any, kernel: str, arch: int, assembly: dict, shared: int,
         broken.append(f"{spills[0]} spills, accepted are {case.spills.get(kernel, FEW_SPILLS)}")
     if not case.tf32 and "tf32" in assembly["ptx"]:
         broken.append("tf32 in the PTX, asked was ieee")
-    if _wants_tensor_cores(assembly["ttir"]) and kernel not in case.without_tensor_cores:
+    products = _tensor_core_products(assembly["ttir"])
+    if any(products) and kernel not in case.without_tensor_cores:
         wanted = [TENSOR_CORES[arch]] + (["cp.async"] if arch < 90 else [])
         broken += [f"no {name} in the PTX" for name in wanted if name not in assembly["ptx"]]
+        # What became no warp group product is left as it was, and runs on mma.sync.
+        if arch == 90 and all(products) and (left := len(re.findall(r"= tt\.dot\b", assembly["ttgir"]))):
+            broken.append(f"{left} of {len(products)} products without wgmma")
     return broken
 
 
@@ -206,8 +213,11 @@ def compile_launch(case: Any, launch: Any, arch: int) -> Resources:
     return Resources(case.name, name, arch, registers, shared, *spills, time.perf_counter() - started, broken)
 
 
-def compile_here(module: str, architectures: tuple[int, ...], share: int = 0, shares: int = 1) -> list[Resources]:
-    """Compile every distinct launch of a module in this process, or one share of them."""
+Work = list[tuple[Any, Any, int]]  # case, launch, architecture
+
+
+def listed(module: str, architectures: tuple[int, ...]) -> Work:
+    """The distinct launches of a module's ``compilation_cases()``."""
     from gcng.kernels.launch import recorded_launches
 
     seen, work = set(), []
@@ -218,15 +228,51 @@ def compile_here(module: str, architectures: tuple[int, ...], share: int = 0, sh
             if not recording.launches:
                 raise RuntimeError(f"{module}: case {case.name} launches no kernel")
             for launch in recording.launches:
-                identity = (arch, launch.kernel.fn.__name__, repr(_signature(launch)), launch.schedule, case.tf32)
-                if identity not in seen:
-                    seen.add(identity)
+                place = (arch, identity(launch), repr(_signature(launch)), case.tf32)
+                if place not in seen:
+                    seen.add(place)
                     work.append((case, launch, arch))
+    return work
+
+
+def shipped(name: str, architectures: tuple[int, ...]) -> Work:
+    """The distinct launches of training steps that no module lists: "shipped", or "shipped DTYPE WIDTH"."""
+    from gcng.kernels.launch import CompilationCase
+    from tests import shipped_launches
+
+    everything = name != "shipped"
+    steps = [*(shipped_launches.every(*name.split()[1:]) if everything else shipped_launches.always())]
+    cases = [row for module in kernel_modules() for row in listed(module, architectures)]
+    spills = {kernel: number for case, _, _ in cases for kernel, number in case.spills.items()}
+    known, work = {(arch, identity(launch)) for _, launch, arch in cases}, []
+    for step in steps:
+        for arch in architectures:
+            for launch in shipped_launches.record(step, arch):
+                # A loop around products is what architectures differ in: elsewhere one of them stands for all.
+                place, wanted = (arch, identity(launch)), everything or arch == 90 or "PRECISION" in launch.arguments
+                if place in known or not wanted:
+                    continue
+                known.add(place)
+                kernel = launch.kernel.fn.__name__
+                # 16-bit operands of attention meet in 16 bits, their weighted sums in tf32.
+                tf32 = step.tf32 or (kernel.startswith("negative_attention") and step.dtype.itemsize == 2)
+                case = CompilationCase(str(step), record_nothing, tf32, spills=spills)
+                work.append((case, launch, arch))
+    return work
+
+
+def record_nothing() -> None:
+    """In place of a call, where the launches are known already."""
+
+
+def compile_here(module: str, architectures: tuple[int, ...], share: int = 0, shares: int = 1) -> list[Resources]:
+    """Compile every distinct launch of a module, or of training steps, in this process, or one share of them."""
+    work = (shipped if module.startswith("shipped") else listed)(module, architectures)
     return [compile_launch(*item) for item in work[share::shares]]
 
 
 def compile_module(module: str, architectures: tuple[int, ...] = ARCHITECTURES) -> list[Resources]:
-    """Compile a module's launches in child processes without the interpreter; TRITON_CACHE_DIR is kept if set."""
+    """:func:`compile_here` in child processes without the interpreter; TRITON_CACHE_DIR is kept if set."""
     shares = min(2, os.cpu_count() or 1)
     with tempfile.TemporaryDirectory() as folder:
         environment = {"TRITON_CACHE_DIR": folder, **os.environ, "OMP_NUM_THREADS": "1"}
@@ -252,7 +298,7 @@ def compile_module(module: str, architectures: tuple[int, ...] = ARCHITECTURES) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("module", help="a module of kernels/, e.g. class_cross_entropy")
+    parser.add_argument("module", help='a module of kernels/, e.g. class_cross_entropy, or "shipped"')
     parser.add_argument("--architectures", nargs="+", type=int, default=list(ARCHITECTURES))
     parser.add_argument("--share", nargs=2, type=int, default=[0, 1], metavar=("INDEX", "COUNT"))
     parser.add_argument("--json", action="store_true")

@@ -1,23 +1,87 @@
-"""Every launch that the modules of kernels/ list compiles for sm_80, sm_90 and sm_100 within the limits."""
+"""Every launch of a training step, and every one that a module of kernels/ lists, compiles within the limits.
+
+For sm_80, sm_90 and sm_100; of a training step's launches without products all are compiled for sm_90, and the rest
+where tests are ``long``. Spills outside loops around products are printed, whether a test passes or not.
+"""
 
 from __future__ import annotations
 
+import importlib
+import os
+import pkgutil
+from collections.abc import Iterator
+
 import pytest
+import torch
 
 pytest.importorskip("triton", exc_type=ImportError)
 
+import gcng.kernels
 from gcng.kernels import launch
 from tests import ahead_of_time
+from tests.shipped_launches import DTYPES, WIDTHS, Step, record
+
+pytestmark = pytest.mark.timeout(3600)  # about 1 s for each kernel and architecture on an idle machine
 
 
-@pytest.mark.timeout(1800)  # about 1.5 s for each kernel and architecture on an idle machine
-@pytest.mark.parametrize("module", ahead_of_time.kernel_modules())
-def test_kernels_compile(module: str) -> None:
-    resources = ahead_of_time.compile_module(module)
+@pytest.fixture(scope="module", autouse=True)
+def one_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What modules launch alike, the sums of parts above all, is compiled once."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "TRITON_CACHE_DIR" not in os.environ:
+            patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+def check_compiles(name: str, capsys: pytest.CaptureFixture) -> None:
+    """Within the limits on every architecture."""
+    resources = ahead_of_time.compile_module(name)
     print(*resources, sep="\n")
+    with capsys.disabled():
+        print(*[f"\n{x}" for x in resources if x.spills], end="")
     broken = [str(x) for x in resources if x.broken]
     assert not broken, "\n".join(broken)
     assert {x.architecture for x in resources} == set(ahead_of_time.ARCHITECTURES)
+
+
+@pytest.mark.parametrize("module", [*ahead_of_time.kernel_modules(), "shipped"])
+def test_kernels_compile(module: str, capsys: pytest.CaptureFixture) -> None:
+    check_compiles(module, capsys)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_every_launch_that_ships_compiles(dtype: torch.dtype, width: int, capsys: pytest.CaptureFixture) -> None:
+    """About 100 launches for each of three architectures: five minutes."""
+    check_compiles(f"shipped {str(dtype).removeprefix('torch.')} {width}", capsys)
+
+
+def test_every_kernel_is_compiled() -> None:
+    names = [module.name for module in pkgutil.iter_modules(gcng.kernels.__path__)]
+    modules = [importlib.import_module(f"gcng.kernels.{name}") for name in names]
+    declared = {
+        name for module in modules for name, value in vars(module).items()
+        if name.endswith("_kernel") and hasattr(value, "fn") and value.fn.__module__ == module.__name__
+    }  # fmt: skip
+    work = [row for name in ahead_of_time.kernel_modules() for row in ahead_of_time.listed(name, (90,))]
+    assert {started.kernel.fn.__name__ for _, started, _ in work} == declared
+    # What a step launches and no module lists is compiled under another name, so that nothing is left out.
+    known = {ahead_of_time.identity(started) for _, started, _ in [*work, *ahead_of_time.shipped("shipped", (90,))]}
+    assert {ahead_of_time.identity(started) for started in record(Step(512, torch.bfloat16), 90)} <= known
+
+
+def test_a_step_is_recorded_as_it_ships() -> None:
+    steps = {arch: record(Step(128, torch.bfloat16), arch) for arch in (80, 90)}
+    names = {arch: {started.kernel.fn.__name__ for started in launches} for arch, launches in steps.items()}
+    # The launch table takes both maps in one kernel from sm_90 on, where nothing is kept for a backward.
+    without = [record(Step(128, torch.bfloat16, kept=False), arch) for arch in (80, 90)]
+    assert ["edge_mlp_kernel" in {x.kernel.fn.__name__ for x in launches} for launches in without] == [False, True]
+    for kernel in ("negative_attention_radial", "edge_epilogue_backward", "anchor_gradient", "streamed_logit_panel"):
+        assert all(f"{kernel}_kernel" in found for found in names.values()), kernel
+    # The gradient of packed edges has their dtype.
+    backward = [x for x in steps[90] if x.kernel.fn.__name__ == "edge_epilogue_backward_kernel"]
+    assert {x.arguments["grad_ptr"].dtype for x in backward if x.arguments["PACKED"]} == {torch.bfloat16}
 
 
 SPILLING_LOOP = """
@@ -50,6 +114,8 @@ FLOAT_PRODUCT = "%5 = tt.dot %3, %4, %2 : tensor<64x64xf32> * tensor<64x64xf32> 
         ({"ptx": "wgmma.mma_async mma.tf32"}, "tf32 in the PTX"),
         ({"ptx": "mma.sync"}, "no wgmma.mma_async"),
         ({"ptx": "mma.sync", "ttir": FLOAT_PRODUCT}, None),
+        ({"ttgir": HALF_PRODUCT}, "1 of 1 products without wgmma"),
+        ({"ttgir": HALF_PRODUCT, "ttir": f"{HALF_PRODUCT}\n{FLOAT_PRODUCT}"}, None),
         ({"arch": 80, "ptx": "mma.sync"}, "no cp.async"),
         ({"arch": 80, "ptx": "mma.sync cp.async"}, None),
     ],
@@ -57,6 +123,6 @@ FLOAT_PRODUCT = "%5 = tt.dot %3, %4, %2 : tensor<64x64xf32> * tensor<64x64xf32> 
 def test_rules_can_be_broken(changes: dict, complaint: str | None) -> None:
     given = {"arch": 90, "shared": 1024, "spills": (0, 0), "ptx": "wgmma.mma_async", "ttir": HALF_PRODUCT, **changes}
     case = launch.CompilationCase("planted", lambda: None)
-    assembly = {"ptx": given["ptx"], "ttir": given["ttir"]}
+    assembly = {"ptx": given["ptx"], "ttir": given["ttir"], "ttgir": given.get("ttgir", "")}
     broken = ahead_of_time.broken_rules(case, "kernel", given["arch"], assembly, given["shared"], given["spills"])
     assert [complaint in line for line in broken] == ([] if complaint is None else [True])
