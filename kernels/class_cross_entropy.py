@@ -275,7 +275,10 @@ def compilation_cases() -> Iterator[CompilationCase]:
     kinds = [(dtype, False) for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)]
     for dtype, tf32 in [*kinds, (torch.float32, True)]:
         name = str(dtype).removeprefix("torch.") + (" tf32" if tf32 else "")
-        yield CompilationCase(name, partial(_both_passes_on_meta, dtype, 512, True), tf32=tf32)
+        # On sm_100 a tile beside a bias of 16 bits spills behind its loop.
+        yield CompilationCase(
+            name, partial(_both_passes_on_meta, dtype, 512, True), tf32=tf32, spills={"streamed_logit_panel_kernel": 96}
+        )
     # Rows of 100 bytes cannot be copied asynchronously on sm_80.
     yield CompilationCase(
         "bfloat16, odd width", partial(_both_passes_on_meta, torch.bfloat16, 50, False),
