@@ -84,6 +84,7 @@ def test_fuzzed_is_as_accurate_as_torch(kernels: CudaSynthesisKernels) -> None:
         case = rounded(draw_case(seed), torch.float32, gates)
         truth, baseline = (run_passes(TORCH, case, dtype) for dtype in (torch.float64, torch.float32))
         ours = run_passes(kernels, case, torch.float32, gate_dtype=gates)
+        assert all(ours[name].shape == expected.shape for name, expected in truth.items())
         if not ties_by_rounding(case, truth):
             errors.add(ours, truth, baseline)
 
