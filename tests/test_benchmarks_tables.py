@@ -96,9 +96,8 @@ def test_the_readme_shows_times_ratios_and_what_did_not_fit(results):
     text = summaries.readme([("example.json", results)])
     lines = text.splitlines()
     share = results["rows"][1]["work"]["forward"]["flops"] / 2.0 / 2e11
-    assert (
-        f"| 1 | 160 | 512 | 144 ms / 512 MB | 96 ms / 410 MB | 2 s / 320 MB | 0.1x | 0.0x | 62.5 % | {100 * share:.0f} % |"
-    ) in lines
+    cells = ["1", "160", "512", "144 ms / 512 MB", "96 ms / 410 MB", "2 s / 320 MB", "0.1x", "0.0x", "62.5 %"]
+    assert f"| {' | '.join([*cells, f'{100 * share:.0f} %'])} |" in lines
     assert any(
         "| out of memory (31.0 GB predicted) | 192 ms / 1.6 GB | 8 s / 640 MB | - | 0.0x | 2.1 % |" in x for x in lines
     )
