@@ -1,7 +1,8 @@
 """Runs the stand-alone tests of csrc/cpu under sanitizers: ``make test-sanitizers``.
 
 Builds the torch-free kernels with the drivers beside this file, once with address and undefined-behavior sanitizers and
-once with the thread sanitizer, runs all cases, and makes sure that a planted mistake of each kind is reported.
+once with the thread sanitizer, runs all cases, and makes sure that a planted mistake of each kind is reported. With the
+first also runs tests of the extension from Python (sanitized_binding.py).
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from gcng import build
+from tests.native import sanitized_binding
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 # Of the fastest build only the optimization is missing: vector code of this machine is what runs here, too.
-FLAGS = ("-std=c++20", "-O2", "-g", "-fno-math-errno", "-ffp-contract=fast", "-Wall", "-Wextra", "-Werror")
+FLAGS = ("-std=c++20", "-O2", "-g", "-fno-math-errno", "-ffp-contract=fast", "-fPIC", "-Wall", "-Wextra", "-Werror")
 # The GNU compiler warns of uninitialized values in its own <algorithm> and <vector> where a sanitizer is on.
 QUIET = ("-Wno-maybe-uninitialized",)
 # Sanitizer -> rounds of every case, and planted mistake -> what its report says.
@@ -34,19 +36,28 @@ OPTIONS = {
 }
 
 
-def build_driver(sanitizer: str, workers: ThreadPoolExecutor) -> Path:
-    """Compile kernels and drivers with one sanitizer; objects that nothing changed for are kept."""
+def build_driver(sanitizer: str, workers: ThreadPoolExecutor) -> tuple[Path, Path | None]:
+    """Compile kernels and drivers with one sanitizer; objects that nothing changed for are kept.
+
+    Returns:
+        The driver, and with the address sanitizer the folder of a library of the same kernels for Python.
+    """
     folder = ROOT / "build" / "sanitizers" / sanitizer.split(",")[0]
     machine = ["-march=native"] if platform.machine() == "x86_64" else []
     options = [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
     command = [*build.compiler(), *FLAGS, *QUIET, *machine, *options, "-I", str(ROOT / "csrc"), "-I", str(HERE)]
     with build.locked(folder, build.LOCK_TIMEOUT):
-        files = [*sorted((ROOT / "csrc" / "cpu").glob("*.cpp")), *sorted(HERE.glob("*.cpp"))]
-        jobs = [workers.submit(build.compile_object, command, path, folder / f"{path.stem}.o") for path in files]
+        kernels, drivers = (sorted(place.glob("*.cpp")) for place in (ROOT / "csrc" / "cpu", HERE))
+        jobs = [
+            workers.submit(build.compile_object, command, path, folder / f"{path.stem}.o")
+            for path in (*kernels, *drivers)
+        ]
         objects = [str(job.result()) for job in jobs]
-        driver = folder / "driver"
+        driver, library = folder / "driver", None
         build.run_compiler([*build.compiler(), *options, *objects, "-pthread", "-o", str(driver)])
-    return driver
+        if sanitizer.startswith("address"):
+            library = sanitized_binding.build_library(command, options, objects[: len(kernels)], folder)
+    return driver, library
 
 
 def run_driver(driver: Path, word: str) -> subprocess.CompletedProcess[str]:
@@ -75,7 +86,9 @@ def main() -> int:
     try:
         with ThreadPoolExecutor(build.num_jobs()) as workers:
             for sanitizer, (rounds, planted) in JOBS.items():
-                wrong += check(sanitizer, build_driver(sanitizer, workers), rounds, planted)
+                driver, library = build_driver(sanitizer, workers)
+                wrong += check(sanitizer, driver, rounds, planted)
+                wrong += sanitized_binding.check(library) if library else []
     except build.BuildError as error:
         wrong.append(str(error))
     print("\n".join(wrong) or "sanitizers: no report, and every planted mistake was found")
