@@ -146,7 +146,7 @@ def _terms(n: int, d: int, layers: int, samples_per_class: int, item: ItemSizes,
     terms = {
         "nodes": (20 + 36 * layers) * n * d * item.wide,
         "tile workspace": plan.pairs_per_tile * _tile_bytes_per_pair(d, item),
-        "anchor x class": n * max(n // max(samples_per_class, 1), 1) * 8,
+        "anchor x class": n * max(n // max(samples_per_class, 1), 1) * 9,  # float64 and a mask
     }
     if plan.stash_edges:
         terms["edges"] = layers * vectors

@@ -156,10 +156,12 @@ def _panel_unit(rows: Tensor, row_scale: Tensor) -> Tensor | None:
     With the largest row scale taken out, equal scales leave ``softmax - target`` itself to be rounded. Rounding it
     times 1 / N would shift all saturated rows, which hold the same number, to the same side.
     """
-    if rows.element_size() > 2 or row_scale.numel() == 0:
+    if rows.element_size() > 2:
         return None
-    largest = torch.where(torch.isfinite(row_scale), row_scale.abs(), 0.0).amax().float()
-    return torch.where(largest > 0, largest, 1.0) / (HALF_RANGE if rows.dtype == torch.float16 else 1.0)
+    # A `torch.where` with a number would fill a tensor with it first, one more kernel.
+    largest = row_scale.abs().nan_to_num_(0.0, 0.0, 0.0).amax().float()
+    unit = largest.masked_fill_(largest == 0, 1.0)
+    return unit.div_(HALF_RANGE) if rows.dtype == torch.float16 else unit
 
 
 def streamed_logit_gradient(
@@ -187,35 +189,63 @@ def streamed_logit_gradient(
     dtype = _compute_dtype(rows.dtype)
     (num_rows, width), num_classes = rows.shape, weight.shape[0]
     wants_bias = bias is not None and (need_weight if need_bias is None else need_bias)
-    known = (target >= 0) & (target < num_classes)
+    if num_rows == 0:
+        of_weight, of_bias = (weight.shape, weight_dtype or weight.dtype), ((num_classes,), dtype)
+        wanted = ((need_rows, ((0, width), dtype)), (need_weight, of_weight), (wants_bias, of_bias))
+        return tuple(rows.new_zeros(shape, dtype=kind) if need else None for need, (shape, kind) in wanted)
     unit = _panel_unit(rows, row_scale)
-    scale = torch.where(known, row_scale.to(dtype) if unit is None else row_scale.to(dtype) / unit, math.nan)
-    if WITHOUT_PANELS and takes_no_panel(rows.dtype, width) and num_rows > 0:
+    scale = row_scale.to(dtype, copy=True) if unit is None else row_scale.to(dtype) / unit
+    scale.masked_fill_((target < 0) | (target >= num_classes), math.nan)
+    if WITHOUT_PANELS and takes_no_panel(rows.dtype, width):
         grads = _gradients_without_panels(
             (rows, weight, bias, target, lse.contiguous(), scale), [need_rows, need_weight, wants_bias]
         )
         grad_rows, grad_weight, grad_bias = (None if x is None else x.mul_(unit) for x in grads)
         return grad_rows, None if grad_weight is None else grad_weight.to(weight_dtype or weight.dtype), grad_bias
-    grad_rows = rows.new_zeros((num_rows, width), dtype=dtype) if need_rows else None
-    grad_weight = weight.new_empty(weight.shape, dtype=weight_dtype or weight.dtype) if need_weight else None
-    grad_bias = rows.new_zeros((num_classes,), dtype=dtype) if wants_bias else None
     panel_of = _panel_maker(rows, weight, bias, target, lse.contiguous(), scale, wants_bias)
     row_block, class_block = panel_shape(num_rows, num_classes, width, _choose_tile(rows)[0], shrink)
-    for classes in _spans(num_classes, class_block):
-        block_grad = rows.new_zeros((classes.stop - classes.start, width), dtype=dtype) if need_weight else None
-        for part in _spans(num_rows, max(row_block, 1)):
+    by_row, by_class = list(_spans(num_rows, row_block)), list(_spans(num_classes, class_block))
+    # Of one panel the products are the results: no zeros to add them to, and nothing to copy.
+    grad_rows = rows.new_zeros((num_rows, width), dtype=dtype) if need_rows and len(by_row) > 1 else None
+    grad_weight = grad_bias = None
+    if len(by_class) > 1:
+        grad_weight = weight.new_empty(weight.shape, dtype=weight_dtype or weight.dtype) if need_weight else None
+        grad_bias = rows.new_empty((num_classes,), dtype=dtype) if wants_bias else None
+    for classes in by_class:
+        block_grad = block_bias = None
+        for part in by_row:
             panel, bias_parts = panel_of(part, classes)
-            if grad_rows is not None:
-                grad_rows[part] += _product(panel, weight[classes], dtype)
-            if block_grad is not None:
-                block_grad += _product(panel.T, rows[part], dtype)
-            if grad_bias is not None:
-                grad_bias[classes] += bias_parts.sum(0)
-        if grad_weight is not None:
-            grad_weight[classes] = block_grad if unit is None else block_grad.mul_(unit)
+            if need_rows:
+                product = _product(panel, weight[classes], dtype)
+                grad_rows = _plus(grad_rows, None if len(by_row) == 1 else part, product)
+            if need_weight:
+                block_grad = _plus(block_grad, None, _product(panel.T, rows[part], dtype))
+            if wants_bias:
+                block_bias = _plus(block_bias, None, bias_parts.sum(0))
+        if need_weight:
+            block_grad = block_grad if unit is None else block_grad.mul_(unit)
+            grad_weight = _placed(grad_weight, classes, block_grad, weight_dtype or weight.dtype)
+        if wants_bias:
+            grad_bias = _placed(grad_bias, classes, block_bias, dtype)
     if unit is not None:
         grad_rows, grad_bias = (None if x is None else x.mul_(unit) for x in (grad_rows, grad_bias))
     return grad_rows, grad_weight, grad_bias
+
+
+def _plus(total: Tensor | None, part: slice | None, value: Tensor) -> Tensor:
+    """Add ``value`` to ``total``, or to a ``part`` of it; the first value is the sum so far."""
+    if total is None:
+        return value
+    (total if part is None else total[part]).add_(value)
+    return total
+
+
+def _placed(whole: Tensor | None, part: slice, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Write ``value`` to a ``part`` of ``whole``; alone it is the whole, in ``dtype``."""
+    if whole is None:
+        return value.to(dtype)
+    whole[part] = value
+    return whole
 
 
 def _gradients_without_panels(

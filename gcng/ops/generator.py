@@ -65,7 +65,8 @@ class _Terms:
     def __init__(self, synthesis: Synthesis, classes: ClassArguments) -> None:
         self._targets = classes.class_labels[synthesis.starts[:-1]]  # (M,)
         self._norms = torch.linalg.vector_norm(synthesis.z, dim=-1, keepdim=True).clamp(min=COSINE_FLOOR)
-        self._dropped = classes.dropped_class[:, None]
+        # (N, M) bool, once for all sides.
+        self._counted = synthesis.is_anchor[:, None] & (classes.dropped_class[:, None] != synthesis.class_numbers)
 
     def targets(self, side: Side) -> Tensor:
         """Target label of each synthetic negative of a side, (A m,)."""
@@ -78,7 +79,7 @@ class _Terms:
 
     def counted(self, side: Side) -> Tensor:
         """(A, m) bool: entries that (25) counts."""
-        return side.valid & (self._dropped[side.anchors] != side.class_numbers)
+        return self._counted[side.anchors, side.classes]
 
 
 @grouped(BatchArguments, FieldArguments, HeadArguments, ClassArguments)
@@ -99,7 +100,7 @@ def _generator_synthesis(
         gates, mean, var = prepare_gates(field, head, pairs, stash)
         spread = _empty_spread(gates)
         lse = torch.zeros((n, synthesis.num_classes), dtype=torch.float64, device=device)
-        entropy, distance = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(2))
+        entropy, distance, zero = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(3))
 
         def visit(side: Side, gate: Tensor) -> None:
             nonlocal entropy, distance
@@ -108,9 +109,9 @@ def _generator_synthesis(
             side_lse, logit = streamed_logsumexp(rows, weight, classes.bias, terms.targets(side))
             lse[side.anchors, side.classes] = side_lse.view(side.shape)
             losses = (side_lse - logit).view(side.shape)
-            entropy = entropy + torch.where(side.valid, losses, 0.0).sum()
+            entropy = entropy + torch.where(side.valid, losses, zero).sum()
             cosine = terms.cosines(side, syn)[0].double()
-            distance = distance + torch.where(terms.counted(side), 1 - cosine, 0.0).sum()
+            distance = distance + torch.where(terms.counted(side), 1 - cosine, zero).sum()
 
         for tile in field.tiles(pairs, synthesis.cuts):
             values = gates.of(field.edges(tile), tile, spread=spread, fill=True).view(*tile.shape, -1)
@@ -153,7 +154,8 @@ class _GateGradient:
         self.lse, self.row_means, deviation = saved
         dtype, n = gates.field.dtype, gates.field.n
         pair_total = max(synthesis.num_anchors * synthesis.num_classes, 1)
-        self.scale_entropy, self.scale_distance = (g.to(dtype) / pair_total for g in grads[:2])
+        scale_entropy, self.scale_distance = (g.to(dtype) / pair_total for g in grads[:2])
+        self.scale_entropy = torch.where(synthesis.is_anchor[:, None], scale_entropy, synthesis.zero)  # (N, 1)
         # A spread of exactly 0 has gradient 0: the square root has none there.
         flat = deviation == 0
         slope = -0.01 * grads[2].double() / (max(n, 1) ** 2 * torch.where(flat, 1.0, deviation))
@@ -177,21 +179,20 @@ class _GateGradient:
 
     def _synthetic(self, side: Side, syn: Synthetic, need_classifier: bool) -> SyntheticGradients:
         """Gradients of the synthetic negatives of a side."""
-        scale = torch.where(side.valid, self.scale_entropy, 0.0)
         grad, grad_weight, grad_bias = streamed_logit_gradient(
             syn.values.flatten(0, 1).to(self._weight.dtype),
             self._weight,
             self.classes.bias,
             self._terms.targets(side),
             self.lse[side.anchors, side.classes].reshape(-1),
-            scale.expand(side.shape).reshape(-1),
+            self.scale_entropy[side.anchors].expand(side.shape).reshape(-1),
             need_weight=need_classifier,
             weight_dtype=self.gates.field.dtype,  # a sum over tiles
         )
         if need_classifier:
             self._add_classifier(grad_weight, grad_bias)
         cosine, anchor_norm, norm = self._terms.cosines(side, syn)
-        scale = torch.where(self._terms.counted(side), self.scale_distance, 0.0)
+        scale = torch.where(self._terms.counted(side), self.scale_distance, self.synthesis.zero)
         return SyntheticGradients(
             grad.view_as(syn.values), -scale / (anchor_norm * norm), 0.5 * scale * cosine / norm.square()
         )

@@ -99,6 +99,7 @@ class _RunningSoftmax:
 
     def __init__(self, synthesis: Synthesis) -> None:
         n = synthesis.z.shape[0]
+        self.zero, self.lowest = synthesis.zero, synthesis.lowest
         self.maximum = synthesis.z.new_full((n,), -math.inf)
         self.total = synthesis.z.new_zeros((n,))
         self.squares = torch.zeros((), dtype=torch.float64, device=synthesis.z.device)
@@ -106,14 +107,14 @@ class _RunningSoftmax:
     def visit(self, side: Side, gate: Tensor) -> None:
         syn = side.synthesize(gate, need_values=False)
         kept = side.others
-        self.squares += torch.where(kept, syn.squares, 0.0).sum(dtype=torch.float64)
-        self.add(side.anchors, torch.where(kept, syn.dots, -math.inf))
+        self.squares += torch.where(kept, syn.squares, self.zero).sum(dtype=torch.float64)
+        self.add(side.anchors, torch.where(kept, syn.dots, self.lowest))
 
     def add(self, anchors: slice, logits: Tensor) -> None:
         before = self.maximum[anchors]
         raised = torch.maximum(before, logits.amax(-1))
         # A floor for rows that have seen nothing yet: exp(-inf - 0) is 0, exp(-inf + inf) is not.
-        shift = torch.where(raised == -math.inf, 0.0, raised)
+        shift = torch.where(raised == -math.inf, self.zero, raised)
         self.total[anchors] = self.total[anchors] * (before - shift).exp() + (logits - shift[:, None]).exp().sum(-1)
         self.maximum[anchors] = raised
 
@@ -187,7 +188,8 @@ def _n_pair_synthesis_backward(
     gates = Gates(field, GateHead(*head, mean, var, field), kept)
     upstream = grad.to(field.dtype)
     count, pair_total = synthesis.num_anchors, synthesis.num_anchors * synthesis.num_classes
-    decay = 0.5 * l2_reg * upstream
+    decay, scale = 0.5 * l2_reg * upstream, upstream / count
+    penalty_of_one = 0.5 * decay / pair_total
 
     def run(pairs: int) -> Tensor:
         grads = EmbeddingGradients(synthesis)
@@ -195,13 +197,13 @@ def _n_pair_synthesis_backward(
         def visit(side: Side, gate: Tensor) -> None:
             kept_rows = side.others
             logits = side.synthesize(gate, need_values=False).dots
-            probability = (logits - lse[side.anchors][:, None]).exp() * (upstream / count)
-            probability = torch.where(kept_rows, probability, 0.0)
-            penalty = torch.where(kept_rows, 0.5 * decay / pair_total, 0.0)
+            probability = (logits - lse[side.anchors][:, None]).exp() * scale
+            probability = torch.where(kept_rows, probability, synthesis.zero)
+            penalty = torch.where(kept_rows, penalty_of_one, synthesis.zero)
             side.backward(gate, SyntheticGradients(None, probability, penalty), grads)
 
         for_each_side(gates, synthesis, pairs, visit)
-        _add_positive_column(grads, lse, upstream / count, decay / count, decay / pair_total)
+        _add_positive_column(grads, lse, scale, decay / count, decay / pair_total)
         return grads.finish().to(batch.z.dtype)
 
     return with_smaller_tiles(run, pairs_per_tile, field)

@@ -12,7 +12,9 @@ passes, :func:`gcng.ops.dispatch.synthesis_kernels` picks by device.
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -129,11 +131,18 @@ class Synthesis:
         self.class_numbers = classes.numbers
         self.weights = chain_weights(sent(mix, z.device, z.dtype), classes)  # (K, N)
         self.positive_distance = kernels.positive_distance(z, self.positive)
+        # `torch.where` fills a tensor with the number it is given, on a GPU one more kernel each time.
+        self.zero, self.lowest = z.new_zeros(()), z.new_full((), -math.inf)
 
     @property
     def has_negatives(self) -> bool:
         """Whether any anchor has a negative: at least two classes, one of them with two samples."""
         return self.num_classes > 1 and self.num_anchors > 0
+
+    @functools.cached_property
+    def others(self) -> Tensor:
+        """(N, M) bool: rows that are anchors, against the classes that are not their own."""
+        return self.is_anchor[:, None] & (self.class_index[:, None] != self.class_numbers)
 
     @property
     def cuts(self) -> list[int] | None:
@@ -192,14 +201,9 @@ class Side:
         return self.synthesis.is_anchor[self.anchors][:, None]
 
     @property
-    def class_numbers(self) -> Tensor:
-        """(m,) indices of the classes."""
-        return self.synthesis.class_numbers[self.classes]
-
-    @property
     def others(self) -> Tensor:
         """(A, m) bool: rows that are anchors, against the classes that are not their own."""
-        return self.valid & (self.synthesis.class_index[self.anchors][:, None] != self.class_numbers)
+        return self.synthesis.others[self.anchors, self.classes]
 
     def synthesize(self, gate: Tensor, *, need_values: bool = True) -> Synthetic:
         """Synthetic negatives from the gates (A, B, D), as :meth:`view` gives them."""
