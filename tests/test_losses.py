@@ -392,9 +392,15 @@ BAD_BATCHES = {
     "negative label": (lambda z, y: (z, y - 100), ValueError, r"labels\[0\] is -100"),
     "mixed dtypes": (lambda z, y: (z.float(), y), TypeError, "embeddings is torch.float32 but weight is torch.float64"),
     "not a tensor": (lambda z, y: (z.tolist(), y), TypeError, "embeddings must be a torch.Tensor, got list"),
+    "quantized": (lambda z, y: (torch.quantize_per_tensor(z.float(), 0.1, 0, torch.qint8), y), TypeError, "dequantize"),
+    "nested": (lambda z, y: (torch.nested.nested_tensor([z[0], z[1]]), y), TypeError, "embeddings is a nested tensor"),
+    "8-bit floats": (lambda z, y: (z.to(torch.float8_e4m3fn), y), TypeError, "float8_e4m3fn; use float16, bfloat16"),
+    "compressed rows": (lambda z, y: (z.to_sparse_csr(), y), TypeError, "dense strided tensor, got layout torch.sp"),
+    "another device": (lambda z, y: (z.to("meta"), y), ValueError, r"meta but the parameters are on cpu; move the"),
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*(nested tensors is in prototype|Sparse CSR tensor support is in beta|quantiz)")
 @pytest.mark.parametrize("name", BAD_BATCHES)
 def test_bad_batches(name: str) -> None:
     change, error, message = BAD_BATCHES[name]

@@ -53,6 +53,7 @@ def results(z: Tensor, y: Tensor, mix: Tensor) -> list[Tensor]:
         criterion.classifier_loss(z, y),
         criterion.graph(z, y).nodes,
         functional.synthesize_negatives(z, y, gate, kappa=0.5, mix=mix),
+        functional.negative_attention(*[z.view(len(y), 2, -1)] * 3, y),
         functional.linear_cross_entropy(z, gate[0], y),
         functional.correlation_topk(z, 2, labels=y)[1],
         torch.tensor([metrics[name] for name in sorted(metrics)]),

@@ -190,8 +190,18 @@ def test_a_retry_with_a_smaller_tile_finds_the_memory_of_the_first_try_free() ->
 
     assert with_smaller_tiles(run, 64, field) == 32
     held.clear()
-    with pytest.raises(torch.OutOfMemoryError):
-        with_smaller_tiles(run, 1, field)
+    assert with_smaller_tiles(run, 1, field) == 1, "what the field kept is free for the second try"
+
+
+def test_a_second_failure_says_which_tiles_were_tried() -> None:
+    def run(pairs: int) -> None:
+        tried.append(pairs)
+        raise MemoryError("no room")
+
+    field, tried = PairField(torch.ones(4, 3), False, 4, ()), []
+    with pytest.raises(MemoryError, match=r"not enough memory on cpu, neither for tiles of 64 pairs nor for half of"):
+        with_smaller_tiles(run, 64, field)
+    assert tried == [64, 32]
 
 
 def test_ragged_sums_in_order_equal_those_by_index() -> None:

@@ -112,7 +112,7 @@ def _add_estimate(parser: argparse.ArgumentParser) -> None:
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("op", nargs="?", metavar="OP", help="one op, or iteration (default: everything, 25 minutes)")
-    parser.add_argument("--json", metavar="FILE", help="results file to add to; measured rows in it are kept")
+    parser.add_argument("--json", metavar="FILE", help="results file to add to; rows of this commit in it are kept")
     parser.add_argument("--compare", metavar="FILE", help="earlier results file: name what changed beyond the spread")
     parser.add_argument("--minutes", type=float, help="start nothing new after so many minutes")
     parser.add_argument("--device", default="cpu", help="cpu, or a CUDA device (default: cpu)")

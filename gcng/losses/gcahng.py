@@ -17,7 +17,7 @@ from gcng.nn.graph import CorrelationGraph, check_batch
 from gcng.ops.class_cross_entropy import linear_cross_entropy
 from gcng.ops.layout import ClassMajor, class_major_beside
 from gcng.ops.transfers import capturing, sent
-from gcng.ops.validation import check_same_dtype
+from gcng.ops.validation import check_beside_parameters
 
 CLASSIFIER_FACTOR = 10.0  # (23)
 
@@ -230,7 +230,7 @@ class GCAHNGLoss(nn.Module):
 
     def _check(self, op: str, embeddings: Tensor, labels: Tensor) -> None:
         check_batch(op, embeddings, labels, self.graph.embedding_size)
-        check_same_dtype(op, embeddings=embeddings, weight=self.classifier.weight)
+        check_beside_parameters(op, embeddings, self.classifier.weight)
         if labels.device.type == "cpu" and labels.numel():
             signed = labels.long()
             wrong = (signed < 0) | (signed >= self.graph.num_classes)

@@ -19,7 +19,14 @@ from gcng.ops.correlation import center_normalize
 from gcng.ops.dispatch import operand_dtype
 from gcng.ops.layout import ClassMajor, class_major_beside
 from gcng.ops.transfers import capturing, sent
-from gcng.ops.validation import check_channels, check_float_matrix, check_labels, check_same_dtype
+from gcng.ops.validation import (
+    autocasts,
+    check_beside_parameters,
+    check_channels,
+    check_float_matrix,
+    check_labels,
+    refuse_batched,
+)
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,7 @@ class CorrelationGraph(nn.Module):
     ) -> GraphOutput:
         """Run the graph; ``generator`` draws the 64-bit dropout seed (training with dropout only)."""
         check_batch("CorrelationGraph", embeddings, labels, self.embedding_size)
-        check_same_dtype("CorrelationGraph", embeddings=embeddings, weight=self.input.weight)
+        check_beside_parameters("CorrelationGraph", embeddings, self.input.weight)
         layout = class_major_beside("CorrelationGraph", labels, None, embeddings.device)
         return self.run(embeddings, layout, self.draw_dropout(generator))
 
@@ -183,7 +190,7 @@ def memory_plan(embeddings: Tensor, num_layers: int, budget: int | None) -> Memo
     if budget is None:
         budget = _default_budget(embeddings.device)
     dtype, device = embeddings.dtype, embeddings.device.type
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+    if autocasts(embeddings.device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     # Asked of the passes that will run: without Triton a GPU holds 16-bit operands in 32 bits.
     held = _held_dtype(dtype, embeddings.device)
@@ -244,6 +251,7 @@ def parameter_names(num_layers: int) -> dict[str, str]:
 def check_batch(op: str, embeddings: Tensor, labels: Tensor, width: int) -> None:
     """Checks that every entry point shares: shapes, dtypes and devices of a batch."""
     check_float_matrix(op, "embeddings", embeddings)
+    refuse_batched(op, embeddings)
     check_channels(op, "embeddings", embeddings)
     if embeddings.shape[1] != width:
         raise ValueError(
@@ -272,6 +280,8 @@ def _check_sizes(embedding_size: int, num_classes: int, num_layers: int, num_hea
     for name, value in sizes.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"CorrelationGraph: {name} must be a positive integer, got {value!r}")
+    if num_classes > 2**31 - 1:
+        raise ValueError(f"CorrelationGraph: num_classes must be at most 2**31 - 1, got {num_classes}")
     if embedding_size % num_heads:
         raise ValueError(
             f"CorrelationGraph: embedding_size {embedding_size} is not divisible by num_heads {num_heads}"

@@ -29,10 +29,19 @@ def is_allocation_failure(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and _SIGNS.search(str(error)) is not None
 
 
-def tried_twice(run: Callable[[int], T], device: torch.device, clear: Callable[[], None] | None = None) -> T:
+def tried_twice(
+    run: Callable[[int], T],
+    device: torch.device,
+    clear: Callable[[], None] | None = None,
+    *,
+    size: str = "tiles as planned",
+) -> T:
     """``run(1)``; an allocation failure is answered once, with ``run(2)``, which takes half as much at a time.
 
     In between ``clear()`` gives back what the caller keeps, and what waits to be used again goes to the device.
+
+    Raises:
+        torch.OutOfMemoryError, MemoryError or RuntimeError, as the second failure was; says what was tried, ``size``.
     """
     try:
         return run(1)
@@ -46,4 +55,13 @@ def tried_twice(run: Callable[[int], T], device: torch.device, clear: Callable[[
         recycled.empty_cache()
     elif device.type == "cuda" and not capturing(device):
         torch.cuda.empty_cache()
-    return run(2)
+    try:
+        return run(2)
+    except (MemoryError, RuntimeError) as error:
+        if not is_allocation_failure(error):
+            raise
+        kind = next(one for one in (torch.OutOfMemoryError, MemoryError, RuntimeError) if isinstance(error, one))
+        raise kind(
+            f"gcng: not enough memory on {device}, neither for {size} nor for half of that ({error}); use a smaller "
+            "memory_budget, fewer samples or fewer channels, or free what else holds memory there"
+        ) from error

@@ -243,7 +243,7 @@ def negative_attention(q: Tensor, k: Tensor, v: Tensor, labels: Tensor) -> Tenso
     check_labels("negative_attention", labels, q.shape[0], of="q")
     check_same_dtype("negative_attention", q=q, k=k, v=v)
     check_same_device("negative_attention", q=q, k=k, v=v)
-    labels = labels_beside("negative_attention", labels, q.device)
+    labels = labels_beside("negative_attention", labels, q.device).long()
     if in_reference_mode():
         return reference.negative_attention(q, k, v, labels)
     return _forward(q, k, v, labels)[0]

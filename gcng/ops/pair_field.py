@@ -290,6 +290,9 @@ def backward_layer(
 
 def with_smaller_tiles(run: Callable[[int], T], pairs_per_tile: int, field: PairField) -> T:
     """Run with a tile size; an allocation failure is answered once with half of it, and with ``field`` emptied."""
-    if pairs_per_tile <= 1:
-        return run(pairs_per_tile)
-    return tried_twice(lambda shrink: run(pairs_per_tile // shrink), field.base.device, field.workspace.clear)
+    return tried_twice(
+        lambda shrink: run(max(1, pairs_per_tile // shrink)),
+        field.base.device,
+        field.workspace.clear,
+        size=f"tiles of {pairs_per_tile} pairs",
+    )

@@ -13,23 +13,24 @@ from typing import Any
 
 import torch
 
-from gcng.ops.validation import refuse_forward_mode
+from gcng.ops.validation import refuse_forward_mode, refuse_transforms
 
 
 class _Library(torch.library.Library):
-    """A library whose autograd kernels refuse forward-mode derivatives.
+    """A library whose autograd kernels refuse forward-mode derivatives and torch.func.grad.
 
     Of any argument, so of the parameters of a module too, which no public function sees.
     """
 
     def impl(self, name: str, fn: Callable[..., Any], key: str = "", **options: Any) -> Any:
         if key == "Autograd":
-            fn = _without_forward_mode(name, fn)
+            fn = _reverse_mode_only(name, fn)
         return super().impl(name, fn, key, **options)
 
 
-def _without_forward_mode(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+def _reverse_mode_only(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
     def checked(keyset: Any, *arguments: Any) -> Any:
+        refuse_transforms(f"gcng::{name}")
         refuse_forward_mode(f"gcng::{name}", *arguments)
         return kernel(keyset, *arguments)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, is_batchedtensor, peek_interpreter_stack
 from torch.autograd import forward_ad
 
 from gcng.mode import in_reference_mode
@@ -16,7 +17,6 @@ from gcng.mode import in_reference_mode
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 WIDE_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # torch converts them, and computes little with them
-KEEPS_LABELS = ("negative_attention",)  # ops that work on labels in the dtype that they come in
 
 
 def check_float_matrix(op: str, name: str, x: Tensor, *, dims: int = 2, shape: str = "(N, D)") -> None:
@@ -24,7 +24,11 @@ def check_float_matrix(op: str, name: str, x: Tensor, *, dims: int = 2, shape: s
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}")
     refuse_forward_mode(op, x)
-    if x.layout != torch.strided or x.is_quantized or x.is_nested:
+    if x.is_nested:
+        raise TypeError(f"{op}: {name} is a nested tensor; use {name}.to_padded_tensor(0.0)")
+    if x.is_quantized:
+        raise TypeError(f"{op}: {name} is quantized; use {name}.dequantize()")
+    if x.layout != torch.strided:
         raise TypeError(f"{op}: {name} must be a dense strided tensor, got layout {x.layout}; use {name}.to_dense()")
     if x.dtype not in FLOATING:
         raise TypeError(
@@ -32,6 +36,21 @@ def check_float_matrix(op: str, name: str, x: Tensor, *, dims: int = 2, shape: s
         )
     if x.dim() != dims:
         raise ValueError(f"{op}: {name} must be {shape}, got shape {tuple(x.shape)}")
+
+
+def refuse_transforms(op: str) -> None:
+    """Refuse to run inside torch.func.grad, which has no way to a hand-written backward."""
+    transform = peek_interpreter_stack()
+    if transform is not None and transform.key() == TransformType.Grad and not in_reference_mode():
+        raise NotImplementedError(
+            f"{op}: torch.func.grad and vjp are not supported; use torch.autograd.grad, or gcng.reference_mode()"
+        )
+
+
+def refuse_batched(op: str, x: Tensor) -> None:
+    """Refuse a tensor inside vmap, for ops that read more of a batch than its shape."""
+    if is_batchedtensor(x) and not in_reference_mode():
+        raise NotImplementedError(f"{op}: vmap is not supported; loop over the batches, or use gcng.reference_mode()")
 
 
 def refuse_forward_mode(op: str, *arguments: Any) -> None:
@@ -60,7 +79,7 @@ def check_labels(op: str, labels: Tensor, length: int, *, name: str = "labels", 
     """
     if not isinstance(labels, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(labels).__name__}; use torch.as_tensor(...)")
-    if labels.dtype not in INTEGER and (op in KEEPS_LABELS or labels.dtype not in WIDE_UNSIGNED):
+    if labels.dtype not in (*INTEGER, *WIDE_UNSIGNED):
         raise TypeError(f"{op}: {name} has dtype {labels.dtype}; use an integer dtype, e.g. int64 by {name}.long()")
     if labels.dim() != 1 or labels.shape[0] != length:
         raise ValueError(
@@ -84,11 +103,26 @@ def check_same_dtype(op: str, **tensors: Tensor | None) -> None:
             continue
         if first is None:
             first_name, first = name, x
-        elif x.dtype != first.dtype and not torch.is_autocast_enabled(x.device.type):
+        elif x.dtype != first.dtype and not autocasts(x.device):
             raise TypeError(
                 f"{op}: {first_name} is {first.dtype} but {name} is {x.dtype}; cast one of them, or run under "
                 f"torch.autocast"
             )
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for a device; torch refuses to be asked about meta tensors."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def check_beside_parameters(op: str, embeddings: Tensor, weight: Tensor) -> None:
+    """Refuse embeddings on another device than a module's parameters, or in another dtype outside autocast."""
+    if embeddings.device != weight.device:
+        raise ValueError(
+            f"{op}: embeddings is on {embeddings.device} but the parameters are on {weight.device}; move the module "
+            f"with .to({str(embeddings.device)!r})"
+        )
+    check_same_dtype(op, embeddings=embeddings, weight=weight)
 
 
 def check_same_device(op: str, **tensors: Tensor | None) -> None:

@@ -1,7 +1,11 @@
-"""Forward-mode derivatives: refused by every public function and by the criterion, right in reference mode."""
+"""Transforms of torch.func: refused with a remedy where they cannot be right, and right in reference mode.
+
+Forward mode and torch.func.grad by every public function and by the criterion; vmap by the criterion alone.
+"""
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 
 import pytest
@@ -110,3 +114,34 @@ def test_forward_mode_in_reference_mode_agrees_with_the_gradient(name, position)
     expected = (gradient * tangent).sum()
     assert expected.abs() > 1e-4
     assert ((derivative * upstream).sum() - expected).abs() <= 1e-9 * max(1.0, float(expected.abs()))
+
+
+@pytest.mark.parametrize(("name", "position"), EVERY_ARGUMENT)
+def test_function_transforms_of_the_gradient_are_refused(name, position):
+    function, value, _ = of_one_argument(name, position)
+    message = r"torch.func.grad and vjp are not supported; use torch.autograd.grad, or gcng.reference_mode\(\)"
+    with pytest.raises(NotImplementedError, match=message):
+        torch.func.grad(lambda x: function(x).sum())(value)
+    with pytest.raises(NotImplementedError, match=message):
+        torch.func.vjp(function, value)
+
+
+@pytest.mark.parametrize(("name", "position"), [case for case in EVERY_ARGUMENT if not case[0].startswith("criterion")])
+def test_function_transforms_in_reference_mode_agree_with_the_gradient(name, position):
+    function, value, _ = of_one_argument(name, position)
+    upstream = numbers(*function(value).shape, seed=11) - 0.5
+    with gcng.reference_mode():
+        found = torch.func.grad(lambda x: (function(x) * upstream).sum())(value)
+    (expected,) = torch.autograd.grad(function(value.requires_grad_()), value, upstream)
+    assert expected.abs().max() > 1e-4
+    assert (found - expected).abs().max() <= 1e-9 * expected.abs().max()
+
+
+def test_vmap_runs_the_ops_and_not_the_criterion():
+    batches, loss = numbers(3, N, D), criterion()
+    with pytest.raises(NotImplementedError, match="metric_terms: vmap is not supported; loop over the batches"):
+        torch.func.vmap(lambda x: loss.metric_terms(x, LABELS).total)(batches)
+    expected = torch.stack([F.center_normalize(x) for x in batches])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a loop is slow
+        assert torch.equal(torch.func.vmap(F.center_normalize)(batches), expected)
