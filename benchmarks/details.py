@@ -81,16 +81,18 @@ def _provider_cells(row: dict, name: str, provider: dict) -> list[str]:
 
 
 def exponents(results: dict) -> str:
-    """Fits of time and memory over each size, beside that of the useful operations and the powers of the model."""
+    """Fits of time and memory over each size, beside those of useful operations and of the estimate, and the powers."""
     lines = []
     for provider in ("gcng", "published"):
         for one in scalings(results, provider):
             where = [f"{one.operation} {one.precision}", provider_words(provider), one.size, one.fixed]
             span = f"{one.values[0]} to {one.values[-1]} ({len(one.values)})"
-            time, memory, model = (_fit_words(found) for found in (one.time, one.memory, one.model))
+            time, memory, model, estimate = map(_fit_words, (one.time, one.memory, one.model, one.estimate))
+            share = "-" if one.of_estimate is None else f"{100 * one.of_estimate:.0f} %"
             leading = [str(power) for power in one.expected] if one.expected else ["-", "-"]
-            lines.append([*where, span, time, model, leading[0], memory, leading[1]])
+            lines.append([*where, span, time, model, leading[0], memory, leading[1], estimate, share])
     header = ["op", "provider", "over", "at", "sizes", "time", "useful operations", "leading", "memory", "leading"]
+    header += ["estimated memory", "peak of estimate"]
     return table(header, lines) if lines else ""
 
 
