@@ -15,7 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gcng import functional
 from gcng.kernels.launch import RecordedLaunch, recorded_launches
+from gcng.losses import n_pair
 from gcng.ops import attention, class_cross_entropy
+from gcng.ops.layout import class_major_beside
 from gcng.ops.triton_path import triton_everywhere
 
 BODIES = {
@@ -104,3 +106,18 @@ def test_exact_numbers_stay_float64(launches):
     with autocast_on_a_gpu(torch.bfloat16):
         functional.linear_cross_entropy(x, weight, target)
     assert dtypes(launches, "rows", "weight") == {torch.float64}
+
+
+def test_the_plain_n_pair_loss_stays_outside_of_autocast(monkeypatch):
+    seen = []
+
+    def noted(x, weight, target):
+        seen.append((torch.is_autocast_enabled("cpu"), x.dtype, weight.dtype))
+        return functional.linear_cross_entropy(x, weight, target)
+
+    monkeypatch.setattr(n_pair, "linear_cross_entropy", noted)
+    layout = class_major_beside("n_pair", torch.arange(8).repeat_interleave(2), None, torch.device("cpu"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        n_pair.n_pair(torch.randn(16, 32, dtype=torch.bfloat16), layout, l2_reg=0.0)
+        assert torch.is_autocast_enabled("cpu")
+    assert seen == [(False, torch.float32, torch.float32)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from gcng.mode import in_reference_mode
 from gcng.ops.class_cross_entropy import linear_cross_entropy
 from gcng.ops.layout import ClassMajor, class_boundaries
 from gcng.ops.transfers import kept_on_device, sent
+from gcng.ops.validation import autocasts
 
 
 def n_pair(z: Tensor, layout: ClassMajor, *, l2_reg: float) -> Tensor:
@@ -19,9 +22,11 @@ def n_pair(z: Tensor, layout: ClassMajor, *, l2_reg: float) -> Tensor:
     boundaries = class_boundaries(layout.class_start)
     wide = z if z.dtype == torch.float64 else z.float()
     groups = []
-    for k, anchor in enumerate(_group_anchors(tuple(boundaries), z.device), start=1):
-        target = torch.arange(anchor.shape[0], device=z.device)
-        groups.append(linear_cross_entropy(wide[anchor], wide[anchor + k], target))
+    # Logits are inner products of vectors of any length: with 16-bit operands their rounding would be that of the loss.
+    with torch.autocast(z.device.type, enabled=False) if autocasts(z.device) else contextlib.nullcontext():
+        for k, anchor in enumerate(_group_anchors(tuple(boundaries), z.device), start=1):
+            target = torch.arange(anchor.shape[0], device=z.device)
+            groups.append(linear_cross_entropy(wide[anchor], wide[anchor + k], target))
     penalty = 0.25 * l2_reg * wide.square().sum() / max(len(boundaries) - 1, 1)
     return torch.stack(groups).mean() + penalty if groups else penalty
 
