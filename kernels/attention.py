@@ -175,6 +175,7 @@ def compilation_cases() -> list[CompilationCase]:
     return [
         CompilationCase("float32 ieee, h 128", lambda: _compilation_call(torch.float32, 128, every)),
         CompilationCase("float32 tf32, h 256", lambda: _compilation_call(torch.float32, 256, every), tf32=True),
+        CompilationCase("float32 tf32, h 64", lambda: _compilation_call(torch.float32, 64, every), tf32=True),
         # 16-bit operands meet in 16 bits, their weighted sums in tf32.
         CompilationCase("bfloat16, h 256", lambda: _compilation_call(torch.bfloat16, 256, every), tf32=True),
         CompilationCase("float16, h 96", lambda: _compilation_call(torch.float16, 96, every), tf32=True),

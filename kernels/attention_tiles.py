@@ -43,12 +43,12 @@ def attention_schedules(
     if dtype == torch.float64 or (dtype == torch.float32 and precision == "ieee"):
         # Without tensor cores a product holds one side of a whole step in registers.
         return AttentionSchedule(8, 2, 32, 32, 16, channels), AttentionSchedule(8, 2, 16, 32, 16, min(32, channels))
+    step = min(32, channels) if dtype == torch.float32 else channels
     if arch < 90:
-        step = min(32, channels) if dtype == torch.float32 else channels
         return (AttentionSchedule(8, 2, 64, 32, step, channels),) * 2
     # Where one step holds a head of 64 channels, loads that run ahead leave the owner of senders no registers.
-    stages = 1 if arch < 100 and 32 < width <= channels else 2
-    return AttentionSchedule(8, 2, 64, 64, channels, channels), AttentionSchedule(8, stages, 64, 64, channels, channels)
+    stages = 1 if arch < 100 and 32 < width <= step else 2
+    return AttentionSchedule(8, 2, 64, 64, step, channels), AttentionSchedule(8, stages, 64, 64, step, channels)
 
 
 @triton.jit
