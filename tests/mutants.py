@@ -326,6 +326,7 @@ _BUGS = {
         "norm_before_gelu": "gelu(LN(x)) for LN(gelu(x))",
         "sums_in_storage": "gain gradient summed in the storage dtype",
         "last_rows_not_summed": "gain gradient without the last, partial block of rows",
+        "output_transposed": "right numbers in column-major memory",
     },
     "messages": {
         "tail_unmasked": "padded partners send gelu(bias)",

@@ -47,7 +47,7 @@ class _ActivationNorm(torch.autograd.Function):
             out[rows] = (_normalized(x[rows].to(dtype), bug)[1] * weight.to(dtype) + bias.to(dtype)).to(
                 x.dtype
             )
-        return out
+        return out.T.contiguous().T if bug == "output_transposed" else out
 
     @staticmethod
     def backward(ctx, grad):

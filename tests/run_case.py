@@ -204,7 +204,7 @@ def check_contract(
 
     Inputs, saved tensors and upstream gradients keep their bits; backward twice and the whole call twice give
     equal bits; 4 times the upstream gradient gives 4 times the gradients; no tensor hides on an autograd
-    node; a gradient exists exactly for what requires one.
+    node; outputs are contiguous; a gradient exists exactly for what requires one.
     """
     leaves = _leaves(inputs, differentiable, layout, None)
     tensors = {key: x for key, x in leaves.items() if isinstance(x, Tensor)}
@@ -216,6 +216,8 @@ def check_contract(
     )
     hidden = tensors_on_context(done.outputs)
     _require(not hidden, f"{name}: tensors kept outside save_for_backward: {hidden}")
+    for index, y in enumerate(done.outputs):
+        _require(y.is_contiguous(), f"{name}: output {index} {tuple(y.shape)} has strides {y.stride()}")
     outputs_before = [y.detach().clone() for y in done.outputs]
     done.gradients = done.differentiate(leaves, upstream)
     _same(name, "backward twice", done.gradients, done.differentiate(leaves, upstream))
