@@ -186,7 +186,9 @@ def test_a_smoke_run_writes_rows_and_a_second_run_goes_on(tmp_path):
     for name in ("published", "reference", "gcng"):
         provider = row["providers"][name]
         assert provider["status"] == "measured" and provider["time"]["forward"]["count"] == 1, (name, provider)
-        assert provider["memory"]["peak_bytes"] > 0 and 0 < provider["relative_error"] < 1e-2
+        # At the size that its process was warmed up with a call may find all of its memory there.
+        assert 0 <= provider["memory"]["peak_bytes"] < 2**20 < provider["memory"]["interpreter_bytes"]
+        assert 0 < provider["relative_error"] < 1e-2
     # One row is taken away, as if the run had been cut off in it: only that one is measured again.
     results["rows"][0]["complete"] = False
     path.write_text(json.dumps(results))
