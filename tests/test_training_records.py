@@ -152,6 +152,23 @@ def test_second_signal_leaves_at_once():
     assert (done.returncode, done.stdout) == (130, "first\n")
 
 
+def test_the_exit_does_not_wait_for_loader_processes_that_somebody_still_holds():
+    code = (
+        "import builtins, torch\n"
+        "from torch.utils.data import DataLoader, TensorDataset\n"
+        "from gcng.training.signals import children_spared\n"
+        "with children_spared():\n"
+        "    batches = iter(DataLoader(TensorDataset(torch.zeros(1000, 3)), batch_size=2, num_workers=2))\n"
+        "next(batches)\n"
+        "builtins.held = batches\n"  # as the traceback of an exception would
+        "print(*(worker.pid for worker in batches._workers), flush=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    workers = done.stdout.split()
+    assert done.returncode == 0 and len(workers) == 2, done.stderr
+    assert not any(os.path.exists(f"/proc/{worker}") for worker in workers)
+
+
 def test_log_is_one_json_object_a_line(tmp_path):
     report = RunReport(load_config(overrides=[f"run.output={tmp_path}"]), stream=io.StringIO())
     report.event("start", 0, text="line\nbreak")

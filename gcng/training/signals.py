@@ -5,6 +5,7 @@ Owns the signal handlers for the time of a run and puts the earlier ones back.
 
 from __future__ import annotations
 
+import multiprocessing.util
 import os
 import signal
 import threading
@@ -52,13 +53,19 @@ def children_spared() -> Iterator[None]:
     """Processes started inside the block do not get SIGINT and SIGTERM; this one gets them after it.
 
     A terminal or a job scheduler signals the whole process group. Loader processes that died of it would break
-    the running step off; so only this process reacts, and ends them when it leaves.
+    the running step off; so only this process reacts, and ends them when it leaves: at its exit, or as soon as nobody
+    holds the process object any more, by a signal that no process can block. The SIGTERM of ``multiprocessing`` would
+    not end one whose iterator an exception still holds, and the exit would wait for it forever.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows, where signals reach no other process
         yield
         return
+    earlier = set(multiprocessing.active_children())
     before = signal.pthread_sigmask(signal.SIG_BLOCK, StopOnSignal.signals)  # children inherit the mask
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for process in set(multiprocessing.active_children()) - earlier:
+            # Those of a priority run before multiprocessing terminates and joins what is left.
+            multiprocessing.util.Finalize(process, process._popen.kill, exitpriority=10)
