@@ -47,8 +47,10 @@ def omniglot(
     """
     check_split("omniglot", split)
     if Path(root).suffix == ".npz":
-        raise ValueError(f"omniglot: root must be the folder of the two zip files, got {root}; load_glyphs, or "
-                         "data.kind=glyphs, reads a packed file")
+        raise ValueError(
+            f"omniglot: root must be the folder of the two zip files, got {root}; load_glyphs, or data.kind=glyphs, "
+            "reads a packed file"
+        )
     if not 1 <= size <= 105:
         raise ValueError(f"omniglot: size must be between 1 and 105, got {size}")
     images: list[np.ndarray] = []

@@ -53,9 +53,9 @@ def children_spared() -> Iterator[None]:
     """Processes started inside the block do not get SIGINT and SIGTERM; this one gets them after it.
 
     A terminal or a job scheduler signals the whole process group. Loader processes that died of it would break
-    the running step off; so only this process reacts, and ends them when it leaves: at its exit, or as soon as nobody
-    holds the process object any more, by a signal that no process can block. The SIGTERM of ``multiprocessing`` would
-    not end one whose iterator an exception still holds, and the exit would wait for it forever.
+    the running step off; so only this process reacts, and ends them when it leaves, by a signal that no process can block. The
+    SIGTERM of ``multiprocessing`` would not end one whose iterator an exception still holds, and the exit would wait
+    for it forever.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows, where signals reach no other process
         yield
