@@ -165,7 +165,7 @@ def test_the_exit_does_not_wait_for_loader_processes_that_somebody_still_holds()
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     workers = done.stdout.split()
-    assert done.returncode == 0 and len(workers) == 2, done.stderr
+    assert done.returncode == 0 and len(workers) == 2 and not done.stderr, done.stderr
     assert not any(os.path.exists(f"/proc/{worker}") for worker in workers)
 
 

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 
 class StopOnSignal:
@@ -53,9 +54,9 @@ def children_spared() -> Iterator[None]:
     """Processes started inside the block do not get SIGINT and SIGTERM; this one gets them after it.
 
     A terminal or a job scheduler signals the whole process group. Loader processes that died of it would break
-    the running step off; so only this process reacts, and ends them when it leaves, by a signal that no process can block. The
-    SIGTERM of ``multiprocessing`` would not end one whose iterator an exception still holds, and the exit would wait
-    for it forever.
+    the running step off; so only this process reacts, and ends them when it leaves, by a signal that no process
+    can block. The SIGTERM of ``multiprocessing`` would not end one whose iterator an exception still holds, and
+    the exit would wait for it forever.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows, where signals reach no other process
         yield
@@ -68,4 +69,13 @@ def children_spared() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         for process in set(multiprocessing.active_children()) - earlier:
             # Those of a priority run before multiprocessing terminates and joins what is left.
-            multiprocessing.util.Finalize(process, process._popen.kill, exitpriority=10)
+            multiprocessing.util.Finalize(process, _end, (process._popen,), exitpriority=10)
+
+
+def _end(process: Any) -> None:
+    """Kill what still runs at the exit."""
+    if process.poll() is not None:
+        return
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # that of torch raises where a loader process was killed
+    process.kill()
