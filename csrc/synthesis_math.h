@@ -30,11 +30,13 @@ struct PairGeometry {
 };
 
 // (16), (17): near where dp >= dn; rho = dp / dn, else 1; offset = w rho, slope = w kappa (1 - rho). A NaN is not near.
+// 1 - rho is (dn - dp) / dn: where the distances nearly tie, their difference is exact and that from a rounded rho is not.
 template <class T>
 GCNG_HOST_DEVICE PairGeometry<T> pair_geometry(T reach, T distance, bool is_positive, T weight, T kappa) {
   const bool near = reach >= distance || is_positive;
   const T ratio = near ? T(1) : reach / distance;
-  return {near, ratio, weight * ratio, weight * kappa * (T(1) - ratio)};
+  const T rest = near ? T(0) : (distance - reach) / distance;
+  return {near, ratio, weight * ratio, weight * kappa * rest};
 }
 
 // w t of (17) and (18): how far a negative's channel pulls the anchor's towards itself.

@@ -139,7 +139,10 @@ def pair_geometry_kernel(
     # A positive in its own column is at distance dp by definition, whatever the rounding of two norms says.
     own = tl.load(positive_ptr + rows)[:, None] == columns[None, :] + first_negative
     near = (reach >= distance) | own
-    ratio = tl.where(near, 1.0, quotient(reach, tl.where(near, 1.0, distance)))
+    divisor = tl.where(near, 1.0, distance)
+    ratio = tl.where(near, 1.0, quotient(reach, divisor))
+    # 1 - rho: where the distances nearly tie, their difference is exact, and that from a rounded rho is not.
+    rest = tl.where(near, 0.0, quotient(distance - reach, divisor))
     rank = tl.load(rank_ptr + rows)[:, None]
     weight = tl.load(weights_ptr + rank * stride_weights + columns[None, :])
     place = rows[:, None] * B + columns[None, :]
@@ -148,7 +151,7 @@ def pair_geometry_kernel(
     tl.store(ratio_ptr + place, ratio, mask=stored)
     tl.store(weight_ptr + place, weight, mask=stored)
     tl.store(offset_ptr + place, weight * ratio, mask=stored)
-    tl.store(slope_ptr + place, weight * tl.load(kappa_ptr) * (1.0 - ratio), mask=stored)
+    tl.store(slope_ptr + place, weight * tl.load(kappa_ptr) * rest, mask=stored)
 
 
 def positive_distance(z: Tensor, positive: Tensor) -> Tensor:

@@ -67,4 +67,29 @@ class ChannelSum {
   T rest_{};
 };
 
+// A sum of squares over channels inside for_channels, in double: rounded once, when it is taken for a T.
+template <class T>
+class SquareSum {
+ public:
+  void add(Pack<float> value) {
+    typedef float Half __attribute__((vector_size(PACK_BYTES / 2)));
+    Half halves[2];
+    std::memcpy(halves, &value, sizeof(halves));
+    for (int half = 0; half < 2; ++half) {
+      const Pack<double> wide = __builtin_convertvector(halves[half], Pack<double>);
+      sums_[half].add(wide * wide);
+    }
+  }
+  void add(Pack<double> value) { sums_[0].add(value * value); }
+  void add(T value) {
+    const double wide = value;
+    sums_[0].add(wide * wide);
+  }
+
+  double total() const { return sums_[0].total() + sums_[1].total(); }
+
+ private:
+  ChannelSum<double> sums_[2];
+};
+
 }  // namespace gcng

@@ -17,16 +17,14 @@ constexpr int64_t GROUP = 4;
 
 template <class T>
 void distances(const T* anchor, const T* const (&negatives)[GROUP], int64_t width, T (&out)[GROUP]) {
-  ChannelSum<T> sums[GROUP];
+  // What is left of two distances that nearly tie, the slope of a gate, is as good as their sums.
+  SquareSum<T> sums[GROUP];
   for_channels<T>(width, [&]<class V>(int64_t d) {
     const V a = load<V>(anchor + d);
 #pragma GCC unroll 4
-    for (int64_t q = 0; q < GROUP; ++q) {
-      const V term = distance_term<T>(load<V>(negatives[q] + d), a);
-      sums[q].add(term * term);
-    }
+    for (int64_t q = 0; q < GROUP; ++q) sums[q].add(distance_term<T>(load<V>(negatives[q] + d), a));
   });
-  for (int64_t q = 0; q < GROUP; ++q) out[q] = std::sqrt(sums[q].total());
+  for (int64_t q = 0; q < GROUP; ++q) out[q] = static_cast<T>(std::sqrt(sums[q].total()));
 }
 
 template <class T>

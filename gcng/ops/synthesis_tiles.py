@@ -280,7 +280,9 @@ class TorchSynthesisKernels:
         near |= synthesis.positive[anchors][:, None] == position[None]
         ratio = torch.where(near, torch.ones_like(distance), reach / distance)
         weight = synthesis.weights[synthesis.rank[anchors]][:, negatives]
-        return Geometry(distance, near, ratio, weight, weight * ratio, weight * synthesis.kappa * (1 - ratio))
+        # 1 - ρ from the difference, which is exact where the distances nearly tie; from a rounded ρ it is not.
+        rest = torch.where(near, synthesis.zero, (distance - reach) / distance)
+        return Geometry(distance, near, ratio, weight, weight * ratio, weight * synthesis.kappa * rest)
 
     def synthesize(self, side: Side, gate: Tensor, *, need_values: bool) -> Synthetic:
         """See :meth:`Side.synthesize`."""
