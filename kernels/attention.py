@@ -22,11 +22,11 @@ from gcng.kernels.attention_gradient import (
     negative_attention_grad_sender_kernel,
     negative_attention_radial_kernel,
 )
-from gcng.kernels.attention_tiles import attention_schedules, finite, load_rows, negatives, products
+from gcng.kernels.attention_tiles import PER_BATCH, attention_schedules, finite, load_rows, negatives, products
 from gcng.kernels.launch import CompilationCase, architecture, input_precision, launch
 
 
-@triton.jit
+@triton.jit(**PER_BATCH)
 def negative_attention_forward_kernel(
     q_ptr, k_ptr, v_ptr,  # (N, H, h), any strides
     labels_ptr,  # (N,) int64

@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 
 from gcng.kernels.arithmetic import dot, store
-from gcng.kernels.attention_tiles import finite, load_rows, negatives, products, weights_again
+from gcng.kernels.attention_tiles import PER_BATCH, finite, load_rows, negatives, products, weights_again
 
 
-@triton.jit
+@triton.jit(**PER_BATCH)
 def negative_attention_radial_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr,  # (N, H, h), any strides
     labels_ptr,  # (N,) int64
@@ -50,7 +50,7 @@ def negative_attention_radial_kernel(
     tl.store(radial_ptr + head * N + rows, radial, mask=rows < N)
 
 
-@triton.jit
+@triton.jit(**PER_BATCH)
 def negative_attention_grad_query_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr,  # (N, H, h), any strides
     labels_ptr,  # (N,) int64
@@ -91,7 +91,7 @@ def negative_attention_grad_query_kernel(
     store(grad_q_ptr + (rows[:, None] * H + head) * WIDTH + outputs[None, :], grad_q * SCALE, inside)
 
 
-@triton.jit
+@triton.jit(**PER_BATCH)
 def negative_attention_grad_sender_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr,  # (N, H, h), any strides
     labels_ptr,  # (N,) int64

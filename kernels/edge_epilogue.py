@@ -14,7 +14,7 @@ from torch import Tensor
 from gcng.kernels.arithmetic import gelu, gelu_and_derivative, round_to, store
 from gcng.kernels.launch import CompilationCase, launch
 from gcng.kernels.pair_tiles import (
-    CHANGING,
+    PER_TILE,
     TRITON_TYPES,
     PairSchedule,
     Rectangle,
@@ -37,7 +37,7 @@ def epilogue_schedule(width: int, dtype: torch.dtype, *, backward: bool = False)
     return whole_row_schedule(width, dtype, backward=backward)
 
 
-@triton.jit(do_not_specialize=CHANGING)
+@triton.jit(**PER_TILE)
 def edge_epilogue_kernel(
     y_ptr,  # (R S, D) product of the folded map and the hidden layer, becomes w2 where KEEP
     x_ptr,  # (R S, D)
@@ -79,7 +79,7 @@ def edge_epilogue_kernel(
         store(out_ptr + place[:, None] * WIDTH + channel[None, :], value, stored[:, None] & within)
 
 
-@triton.jit(do_not_specialize=CHANGING)
+@triton.jit(**PER_TILE)
 def edge_epilogue_backward_kernel(
     grad_ptr,  # (R S, D) of the edge, or (P, D) where GRAD_PACKED; may be out
     w2_ptr,  # (R S, D), or (P, D) where PACKED

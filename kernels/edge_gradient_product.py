@@ -18,11 +18,11 @@ from gcng.kernels.arithmetic import gelu_and_derivative, round_to, store
 from gcng.kernels.edge_mlp import meta_layer
 from gcng.kernels.edge_products import product_constants
 from gcng.kernels.launch import CompilationCase, launch
-from gcng.kernels.pair_tiles import CHANGING, STORED_TYPES, Rectangle, add_parts, blocks, packed_place, store_part
+from gcng.kernels.pair_tiles import PER_TILE, STORED_TYPES, Rectangle, add_parts, blocks, packed_place, store_part
 from gcng.kernels.product_tiles import ProductSchedule, available_products, multiply, own_tile
 
 
-@triton.jit(do_not_specialize=(*CHANGING, "pairs"))
+@triton.jit(**PER_TILE)
 def edge_hidden_gradient_kernel(
     scaled_ptr,  # (R S, D)
     folded_ptr,  # (D, H)

@@ -15,8 +15,8 @@ from torch import Tensor
 from gcng.kernels.arithmetic import gelu, gelu_and_derivative, round_to, store
 from gcng.kernels.launch import CompilationCase, launch
 from gcng.kernels.pair_tiles import (
-    CHANGING,
     EPS,
+    PER_TILE,
     STORED_TYPES,
     TRITON_TYPES,
     PairSchedule,
@@ -42,7 +42,7 @@ def hidden_backward_schedule(width: int) -> PairSchedule:
     return PairSchedule(4, 2, 16, min(128, triton.next_power_of_2(width)), 4)
 
 
-@triton.jit(do_not_specialize=CHANGING)
+@triton.jit(**PER_TILE)
 def edge_hidden_kernel(
     h0_ptr,  # (R S, H), or (P, H) where PACKED
     out_ptr,  # (R S, H), may be h0
@@ -83,7 +83,7 @@ def edge_hidden_kernel(
     tl.store(rstd_ptr + place, rstd, mask=stored)
 
 
-@triton.jit(do_not_specialize=CHANGING)
+@triton.jit(**PER_TILE)
 def edge_hidden_backward_kernel(
     grad_ptr,  # (R S, H) product with the folded map, becomes the gradient of h0
     h0_ptr,  # (R S, H), or (P, H) where PACKED

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from gcng.kernels.arithmetic import dot, gelu, round_to
 from gcng.kernels.launch import CompilationCase, input_precision, launch
-from gcng.kernels.pair_tiles import CHANGING, EPS, TRITON_TYPES, Rectangle, blocks, is_exact
+from gcng.kernels.pair_tiles import EPS, PER_TILE, TRITON_TYPES, Rectangle, blocks, is_exact
 from gcng.kernels.product_tiles import ProductSchedule, available_products, finish_edges
 
 
-@triton.jit(do_not_specialize=(*CHANGING, "pairs"))
+@triton.jit(**PER_TILE)
 def edge_mlp_kernel(
     x_ptr,  # (R S, D)
     weight_ptr, bias_ptr,  # (H, D), (H,)

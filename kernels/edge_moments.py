@@ -12,7 +12,7 @@ from torch import Tensor
 from gcng.kernels.arithmetic import store
 from gcng.kernels.launch import CompilationCase, launch
 from gcng.kernels.pair_tiles import (
-    CHANGING,
+    PER_TILE,
     TRITON_TYPES,
     PairSchedule,
     add_parts,
@@ -29,7 +29,7 @@ def moments_schedule(width: int) -> PairSchedule:
     return channel_schedule(width, steps=2)
 
 
-@triton.jit(do_not_specialize=CHANGING)
+@triton.jit(**PER_TILE)
 def edge_moments_kernel(
     values_ptr,  # (B, D)
     weights_ptr,  # (B,)
@@ -59,7 +59,7 @@ def edge_moments_kernel(
     store_part(parts_ptr, squares, channel, WIDTH, tl.num_programs(0) + program)
 
 
-@triton.jit(do_not_specialize=CHANGING)
+@triton.jit(**PER_TILE)
 def norm_gradient_kernel(
     grad_ptr, e_ptr,  # (B, D)
     weights_ptr,  # (B,)
@@ -84,7 +84,7 @@ def norm_gradient_kernel(
     store(grad_ptr + row[:, None] * WIDTH + channel[None, :], grad, inside)
 
 
-@triton.jit(do_not_specialize=CHANGING)
+@triton.jit(**PER_TILE)
 def center_kernel(
     values_ptr,  # (B, D)
     mean_ptr,  # (D,)

@@ -20,8 +20,8 @@ from gcng.kernels.arithmetic import gelu, round_to, store
 from gcng.kernels.edge_mlp import meta_layer
 from gcng.kernels.launch import CompilationCase, Schedule, input_precision, launch
 from gcng.kernels.pair_tiles import (
-    CHANGING,
     EPS,
+    PER_TILE,
     TRITON_TYPES,
     Rectangle,
     blocks,
@@ -31,7 +31,7 @@ from gcng.kernels.pair_tiles import (
 from gcng.kernels.product_tiles import ProductSchedule, available_products, finish_edges, multiply, own_tile
 
 
-@triton.jit(do_not_specialize=(*CHANGING, "pairs"))
+@triton.jit(**PER_TILE)
 def edge_first_map_kernel(
     x_ptr,  # (R S, D)
     weight_ptr, bias_ptr,  # (H, D), (H,)
@@ -74,7 +74,7 @@ def edge_first_map_kernel(
     tl.store(stats_ptr + across * tl.cast(pairs, tl.int64) + first, tl.sum(wide * wide, 1), mask=stored)
 
 
-@triton.jit(do_not_specialize=("pairs",))
+@triton.jit(**PER_TILE)
 def hidden_statistics_kernel(
     stats_ptr,  # (2, blocks of H, R S)
     mean_ptr, rstd_ptr,  # (R S,)
@@ -98,7 +98,7 @@ def hidden_statistics_kernel(
     tl.store(rstd_ptr + place, tl.rsqrt(tl.where(variance < 0, 0.0, variance) + EPS), mask=stored)
 
 
-@triton.jit(do_not_specialize=(*CHANGING, "pairs"))
+@triton.jit(**PER_TILE)
 def edge_second_map_kernel(
     hidden_ptr,  # (R S, H)
     folded_ptr,  # (D, H)

@@ -19,7 +19,7 @@ from torch import Tensor
 from gcng.kernels.arithmetic import dropout_pairs, gelu, gelu_and_derivative, store
 from gcng.kernels.launch import CompilationCase, launch
 from gcng.kernels.pair_tiles import (
-    CHANGING,
+    PER_TILE,
     TRITON_TYPES,
     PairSchedule,
     Rectangle,
@@ -54,7 +54,7 @@ def _mixed(e, row_weight, column_weight, value_row, value_column):
     return e + row_weight[:, None] * value_row[None, :] + column_weight[:, None] * value_column
 
 
-@triton.jit(do_not_specialize=CHANGING)
+@triton.jit(**PER_TILE)
 def edge_prologue_kernel(
     source_ptr,  # (N, D), (P, D) or (R S, D), see KIND
     key_query_ptr, key_bias_ptr, value_ptr,  # (N, D), (N,), (N, D)
@@ -106,7 +106,7 @@ def edge_prologue_kernel(
     tl.store(weight_column_ptr + place, column_weight, mask=stored)
 
 
-@triton.jit(do_not_specialize=CHANGING)
+@triton.jit(**PER_TILE)
 def edge_prologue_backward_kernel(
     grad_ptr,  # (R S, D) of x, becomes that of the mix
     source_ptr, value_ptr, ln_weight_ptr,  # as in the forward
@@ -167,7 +167,7 @@ def edge_prologue_backward_kernel(
     tl.store(bias_ptr + program, tl.sum(bias_sum, 0))
 
 
-@triton.jit(do_not_specialize=CHANGING)
+@triton.jit(**PER_TILE)
 def edge_prologue_columns_kernel(
     grad_ptr,  # (R S, D) of the mix, becomes that of the edges
     source_ptr, key_query_ptr,  # as in the forward

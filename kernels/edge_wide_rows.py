@@ -20,8 +20,8 @@ from gcng.kernels.edge_mlp import meta_layer
 from gcng.kernels.edge_products import product_constants
 from gcng.kernels.launch import CompilationCase, launch
 from gcng.kernels.pair_tiles import (
-    CHANGING,
     EPS,
+    PER_TILE,
     TRITON_TYPES,
     PairSchedule,
     Rectangle,
@@ -39,7 +39,7 @@ def normalize_schedule(width: int) -> PairSchedule:
     return PairSchedule(4, 2, 4, min(1024, triton.next_power_of_2(width)))
 
 
-@triton.jit(do_not_specialize=(*CHANGING, "pairs"))
+@triton.jit(**PER_TILE)
 def edge_wide_map_kernel(
     hidden_ptr,  # (R S, H)
     folded_ptr,  # (D, H)
@@ -81,7 +81,7 @@ def edge_wide_map_kernel(
     tl.store(stats_ptr + across * tl.cast(pairs, tl.int64) + part, tl.sum(centered * centered, 1), mask=stored)
 
 
-@triton.jit(do_not_specialize=(*CHANGING, "pairs"))
+@triton.jit(**PER_TILE)
 def edge_wide_norm_kernel(
     w2_ptr,  # (R S, D)
     stats_ptr,  # (2, blocks of D, R S) of edge_wide_map_kernel

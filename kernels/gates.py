@@ -16,7 +16,7 @@ from torch import Tensor
 from gcng.kernels.arithmetic import store
 from gcng.kernels.launch import CompilationCase, launch
 from gcng.kernels.pair_tiles import (
-    CHANGING,
+    PER_TILE,
     TRITON_TYPES,
     PairSchedule,
     Rectangle,
@@ -37,7 +37,7 @@ def gates_schedule(width: int) -> PairSchedule:
     return channel_schedule(width, steps=2)
 
 
-@triton.jit(do_not_specialize=CHANGING)
+@triton.jit(**PER_TILE)
 def gates_kernel(
     logits_ptr,  # (R S, D), become the gates
     stash_ptr,  # (P, D) or None, receives the gates
@@ -82,7 +82,7 @@ def gates_kernel(
         tl.store(squares_ptr + run * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.sum(twice, 1), 0))
 
 
-@triton.jit(do_not_specialize=CHANGING)
+@triton.jit(**PER_TILE)
 def spread_gradient_kernel(
     gates_ptr,  # (R S, D)
     row_means_ptr,  # (N, D)
@@ -109,7 +109,7 @@ def spread_gradient_kernel(
     store(out_ptr + place[:, None] * WIDTH + channel[None, :], value, inside)
 
 
-@triton.jit(do_not_specialize=CHANGING)
+@triton.jit(**PER_TILE)
 def gate_logits_gradient_kernel(
     grad_ptr, gates_ptr, out_ptr,  # (B, D), out may be grad
     parts_ptr,  # (runs, D) of the gradient of the bias, or None

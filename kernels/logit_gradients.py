@@ -12,10 +12,10 @@ from torch import Tensor
 
 from gcng.kernels.arithmetic import dot, round_to
 from gcng.kernels.launch import Schedule, launch
-from gcng.kernels.logit_tiles import tile_of_gradient
+from gcng.kernels.logit_tiles import PER_BATCH, tile_of_gradient
 
 
-@triton.jit
+@triton.jit(**PER_BATCH)
 def logit_rows_gradient_kernel(
     rows_ptr, weight_ptr, bias_ptr, target_ptr, lse_ptr, scale_ptr,
     parts_ptr,  # (S, R, D)
@@ -53,7 +53,7 @@ def logit_rows_gradient_kernel(
     tl.store(target, total, mask=(place < num_rows)[:, None] & (channel < WIDTH)[None, :])
 
 
-@triton.jit
+@triton.jit(**PER_BATCH)
 def logit_weight_gradient_kernel(
     rows_ptr, weight_ptr, bias_ptr, target_ptr, lse_ptr, scale_ptr,
     parts_ptr,  # (S, C, D)

@@ -11,6 +11,16 @@ import triton.language as tl
 
 from gcng.kernels.arithmetic import dot, store
 
+# Options of ``triton.jit`` for what changes from batch to batch: compiling for the divisors of such integers, and for
+# the alignment of tensors with one number for a row, would compile every kernel many times. The sizes of a panel are
+# not among them: aligned rows are written 16 bytes at a time, and a last tile of whole rows takes fewer registers.
+PER_BATCH = {
+    "do_not_specialize": ("num_rows", "num_classes", "tiles_per_split", "num_splits"),
+    "do_not_specialize_on_alignment": (
+        "target_ptr", "maximum_ptr", "total_ptr", "target_logit_ptr", "lse_ptr", "scale_ptr",
+    ),
+}  # fmt: skip
+
 
 @triton.jit
 def tile_of_logits(
@@ -48,7 +58,7 @@ def _place_of_target(target_ptr, stride_target, row, start, num_classes, BLOCK_C
     return tl.where(inside, target - start, -1).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(**PER_BATCH)
 def streamed_logsumexp_forward_kernel(
     rows_ptr, weight_ptr, bias_ptr, target_ptr, maximum_ptr, total_ptr, target_logit_ptr,
     num_rows, num_classes, width, tiles_per_split,
@@ -91,7 +101,7 @@ def streamed_logsumexp_forward_kernel(
     tl.store(total_ptr + place, total, mask=stored)
 
 
-@triton.jit
+@triton.jit(**PER_BATCH)
 def streamed_logsumexp_combine_kernel(
     maximum_ptr, total_ptr, lse_ptr, num_rows, num_splits, BLOCK_R: tl.constexpr, ACCUMULATOR: tl.constexpr
 ):
@@ -158,7 +168,7 @@ def tile_of_gradient(
     return tl.where(is_target, minus_one[:, None], gradient)
 
 
-@triton.jit
+@triton.jit(**PER_BATCH)
 def streamed_logit_panel_kernel(
     rows_ptr, weight_ptr, bias_ptr, target_ptr, lse_ptr, scale_ptr, panel_ptr, bias_parts_ptr,
     num_rows, num_classes, width, first_row, first_class, panel_rows, panel_classes,

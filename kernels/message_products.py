@@ -12,7 +12,7 @@ from torch import Tensor
 from gcng.kernels.arithmetic import dot, gelu, round_to, store
 from gcng.kernels.launch import CompilationCase, input_precision, launch
 from gcng.kernels.pair_tiles import (
-    CHANGING,
+    PER_TILE,
     TRITON_TYPES,
     Rectangle,
     add_parts,
@@ -24,7 +24,7 @@ from gcng.kernels.pair_tiles import (
 from gcng.kernels.product_tiles import ProductSchedule, available_products
 
 
-@triton.jit(do_not_specialize=CHANGING)
+@triton.jit(**PER_TILE)
 def product_messages_kernel(
     nodes_ptr,  # (N, D)
     weight_ptr, bias_ptr,  # (C, D), (C,)

@@ -12,7 +12,7 @@ from torch import Tensor
 from gcng.kernels.arithmetic import gelu, gelu_and_derivative, store
 from gcng.kernels.launch import CompilationCase, launch
 from gcng.kernels.pair_tiles import (
-    CHANGING,
+    PER_TILE,
     TRITON_TYPES,
     PairSchedule,
     Rectangle,
@@ -33,7 +33,7 @@ def messages_schedule(width: int) -> PairSchedule:
     return channel_schedule(width, steps=2)
 
 
-@triton.jit(do_not_specialize=CHANGING)
+@triton.jit(**PER_TILE)
 def messages_kernel(
     before_ptr,  # (R S, D)
     stash_ptr,  # (P, D) or None, receives before
@@ -67,7 +67,7 @@ def messages_kernel(
     tl.store(target, tl.load(target, mask=mirrored, other=0.0) + total, mask=mirrored)
 
 
-@triton.jit(do_not_specialize=CHANGING)
+@triton.jit(**PER_TILE)
 def messages_backward_kernel(
     grad_ptr,  # (N, D) of the sums
     before_ptr,  # (R S, D), or (P, D) where PACKED

@@ -15,7 +15,7 @@ from torch import Tensor
 from gcng.kernels.arithmetic import store
 from gcng.kernels.launch import CompilationCase, launch
 from gcng.kernels.pair_tiles import (
-    CHANGING,
+    PER_TILE,
     TRITON_TYPES,
     PairSchedule,
     Rectangle,
@@ -37,7 +37,7 @@ def storage_schedule(width: int) -> PairSchedule:
     return channel_schedule(width)
 
 
-@triton.jit(do_not_specialize=CHANGING)
+@triton.jit(**PER_TILE)
 def tile_edges_kernel(
     source_ptr,  # (N, C) or (P, C), see KIND
     out_ptr,  # (R S, C)
@@ -60,7 +60,7 @@ def tile_edges_kernel(
     store(out_ptr + place[:, None] * WIDTH + channel[None, :], value, inside)
 
 
-@triton.jit(do_not_specialize=CHANGING)
+@triton.jit(**PER_TILE)
 def store_tile_kernel(
     values_ptr,  # (R S, C)
     packed_ptr,  # (P, C)
@@ -88,7 +88,7 @@ def store_tile_kernel(
     store(target, value, inside)
 
 
-@triton.jit(do_not_specialize=CHANGING)
+@triton.jit(**PER_TILE)
 def add_product_kernel(
     nodes_ptr,  # (N, D)
     grad_ptr,  # (R S, D) of the products

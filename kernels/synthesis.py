@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gcng.kernels.arithmetic import store
 from gcng.kernels.launch import CompilationCase, Schedule, launch
-from gcng.kernels.synthesis_geometry import KINDS, Block, Geometry, meta_block
+from gcng.kernels.synthesis_geometry import KINDS, PER_BLOCK, Block, Geometry, meta_block
 
 # Programs wanted at once, about four for each multiprocessor of a large GPU; a constant, so that sums never depend
 # on the machine.
@@ -131,7 +131,7 @@ def grad_of_values(
     return grad
 
 
-@triton.jit(do_not_specialize=["A", "B", "M", "per_span"])
+@triton.jit(**PER_BLOCK)
 def synthesize_forward_kernel(
     a_ptr, n_ptr, starts_ptr, gate_ptr, offset_ptr, slope_ptr, values_ptr, dots_ptr, squares_ptr,
     A, B, M, per_span, stride_gate_a, stride_gate_b, stride_gate_d,
@@ -167,7 +167,7 @@ def synthesize_forward_kernel(
             tl.store(values_ptr + places[:, None] * WIDTH + channels[None, :], values, mask=live)
 
 
-@triton.jit(do_not_specialize=["A", "B", "M", "per_span"])
+@triton.jit(**PER_BLOCK)
 def add_gate_gradient_kernel(
     a_ptr, n_ptr, starts_ptr, slope_ptr, values_ptr, grad_values_ptr, grad_dots_ptr, grad_squares_ptr, out_ptr,
     A, B, M, per_span, stride_out_a, stride_out_b, stride_out_d,

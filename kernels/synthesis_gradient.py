@@ -33,10 +33,10 @@ from gcng.kernels.synthesis import (
     synthesis_tile,
     walk_over_classes,
 )
-from gcng.kernels.synthesis_geometry import DISTANCE_OFFSET, KINDS, Block, Geometry, meta_block, quotient
+from gcng.kernels.synthesis_geometry import DISTANCE_OFFSET, KINDS, PER_BLOCK, Block, Geometry, meta_block, quotient
 
 
-@triton.jit(do_not_specialize=["A", "B", "M", "per_span"])
+@triton.jit(**PER_BLOCK)
 def anchor_gradient_kernel(
     a_ptr, n_ptr, starts_ptr, gate_ptr, offset_ptr, slope_ptr, grad_values_ptr, grad_dots_ptr, grad_squares_ptr,
     plain_ptr, gated_ptr, grad_a_ptr,
@@ -88,7 +88,7 @@ def anchor_gradient_kernel(
     tl.store(grad_a_ptr + place, grad_a, mask=stored[:, None] & (channels < WIDTH)[None, :])
 
 
-@triton.jit(do_not_specialize=["A", "B", "channel_blocks", "per_span"])
+@triton.jit(**PER_BLOCK)
 def distance_gradient_kernel(
     a_ptr, n_ptr, distance_ptr, near_ptr, ratio_ptr, weight_ptr, kappa_ptr, plain_ptr, gated_ptr,
     grad_distance_ptr, grad_reach_ptr, grad_a_ptr,
@@ -139,7 +139,7 @@ def distance_gradient_kernel(
     tl.store(grad_a_ptr + span[:, None] * WIDTH + channels[None, :], grad_a, mask=live)
 
 
-@triton.jit(do_not_specialize=["A", "B", "M", "sample_blocks", "per_span"])
+@triton.jit(**PER_BLOCK)
 def negative_gradient_kernel(
     a_ptr, n_ptr, starts_ptr, gate_ptr, offset_ptr, slope_ptr, grad_values_ptr, grad_dots_ptr, grad_squares_ptr,
     grad_distance_ptr, grad_n_ptr,
@@ -193,7 +193,7 @@ def negative_gradient_kernel(
     tl.store(grad_n_ptr + place, tl.sum(total, 1), mask=(samples < stop)[:, None] & (channels < WIDTH)[None, :])
 
 
-@triton.jit(do_not_specialize=["size", "count"])
+@triton.jit(do_not_specialize=("size", "count"), do_not_specialize_on_alignment=("out_ptr",))
 def add_parts_kernel(parts_ptr, out_ptr, size, count, BLOCK: tl.constexpr):
     """out += sum of parts, in their order. A program owns BLOCK elements. parts: (count, size). out: (size,)."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -98,6 +98,7 @@ def _signature(launch: Any) -> tuple[dict[str, str], dict[tuple[int], Any], dict
     signature, constants, attributes = {}, {}, {}
     declared = {parameter.name for parameter in launch.kernel.params if parameter.is_constexpr}
     general = {parameter.name for parameter in launch.kernel.params if parameter.do_not_specialize}
+    anywhere = {parameter.name for parameter in launch.kernel.params if parameter.do_not_specialize_on_alignment}
     for place, (name, value) in enumerate(launch.arguments.items()):
         kind, aligned = ("constexpr", False) if name in declared else _type_of(value)
         if name in general and isinstance(value, int):
@@ -106,7 +107,7 @@ def _signature(launch: Any) -> tuple[dict[str, str], dict[tuple[int], Any], dict
         signature[name] = kind
         if kind == "constexpr":
             constants[(place,)] = value
-        elif aligned:
+        elif aligned and name not in anywhere:
             attributes[(place,)] = [["tt.divisibility", 16]]
     return signature, constants, attributes
 
@@ -115,6 +116,11 @@ def identity(launch: Any) -> tuple:
     """What tells compiled programs apart, but for the alignment of arguments."""
     signature, constants, _ = _signature(launch)
     return launch.kernel.fn.__name__, repr(signature), repr(constants), launch.schedule
+
+
+def program(launch: Any) -> tuple:
+    """What tells compiled programs apart: a GPU compiles each of them once, when it first meets it."""
+    return *identity(launch), repr(_signature(launch)[2])
 
 
 def _disassembled(cubin: bytes) -> tuple[list[tuple[int, str]], int]:

@@ -35,6 +35,7 @@ class Step:
         width: D. dtype: of embeddings and parameters; under ``autocast`` those are float32 and edges have it.
         tf32: whether float32 products may use it. layers: L. samples: K.
         batch: N; kernels for many rows differ from those for few. kept: whether all stashes are, or none.
+        ragged: classes of 1 to 8 samples instead of K, and tiles of few pairs.
     """
 
     width: int
@@ -45,6 +46,15 @@ class Step:
     batch: int = 96
     samples: int = 2
     kept: bool = True
+    ragged: bool = False
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """Of the samples, (N,) int64."""
+        if not self.ragged:
+            return torch.arange(self.batch) // self.samples
+        counts = torch.tensor((1, 5, 2, 7, 3, 8, 4, 1, 6)).repeat(self.batch)
+        return torch.repeat_interleave(torch.arange(len(counts)), counts)[: self.batch]
 
     def __str__(self) -> str:
         named = f"{str(self.dtype).removeprefix('torch.')} {self.width}"
@@ -74,8 +84,8 @@ def record(step: Step, architecture: int) -> list[RecordedLaunch]:
     with torch.device("meta"):
         criterion = gcng.losses.GCAHNGLoss(step.width, 1000, step.layers, dropout=0.1).to(stored)
         z = torch.empty(step.batch, step.width, dtype=stored).requires_grad_()
-    plan = MemoryPlan(max(2048, step.batch**2 // 4), *[step.kept] * 3)
-    labels = torch.arange(step.batch) // step.samples
+    pairs = step.batch**2 // 12 if step.ragged else max(2048, step.batch**2 // 4)
+    plan, labels = MemoryPlan(pairs, *[step.kept] * 3), step.labels
     with (
         mock.patch.object(gcng.nn.CorrelationGraph, "memory_plan", lambda self, embeddings: plan),
         # Without the implementations below, meta tensors are a mistake that the criterion names.

@@ -150,7 +150,25 @@ def test_recomputing_on_a_gpu_takes_gigabytes(n: int, limit: float) -> None:
     estimate = gcng.estimate_memory(n, 512, 1, 100, dtype="bfloat16", device="cuda", memory_budget=int(limit))
     assert estimate.peak_bytes <= limit
     assert not estimate.plan.stash_edges, "what 16-bit edges of all pairs take: 8.6 GB and 137 GB"
-    assert 8192 <= estimate.plan.pairs_per_tile <= 65536
+    # Each tile is some 270 launches: as few tiles as half of the budget allows.
+    assert 60_000 <= estimate.plan.pairs_per_tile <= 65_536
+
+
+@pytest.mark.parametrize("device", ("cpu", "cuda"))
+def test_more_budget_never_refuses_what_less_could_do(device: str) -> None:
+    """Half of it goes to the tile only where the rest still fits."""
+    fitted = False
+    for step in range(160):
+        try:
+            estimate = gcng.estimate_memory(
+                4096, 512, dtype="bfloat16", device=device, memory_budget=int(1e8 * 1.05**step)
+            )
+        except MemoryError:
+            assert not fitted, step
+            continue
+        fitted = True
+        assert estimate.peak_bytes <= estimate.budget_bytes
+    assert fitted and estimate.plan.stash_hidden
 
 
 def test_operands_are_16_bit_on_a_gpu_only() -> None:

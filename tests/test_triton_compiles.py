@@ -6,6 +6,7 @@ where tests are ``long``. Spills outside loops around products are printed, whet
 
 from __future__ import annotations
 
+import collections
 import importlib
 import os
 import pkgutil
@@ -82,6 +83,24 @@ def test_a_step_is_recorded_as_it_ships() -> None:
     # The gradient of packed edges has their dtype.
     backward = [x for x in steps[90] if x.kernel.fn.__name__ == "edge_epilogue_backward_kernel"]
     assert {x.arguments["grad_ptr"].dtype for x in backward if x.arguments["PACKED"]} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "recomputed"])
+@pytest.mark.parametrize(("width", "dtype"), [(512, torch.bfloat16), (128, torch.bfloat16), (512, torch.float32)])
+def test_a_kernel_is_compiled_once_for_tiles_of_any_place(width: int, dtype: torch.dtype, kept: bool) -> None:
+    """Classes of many sizes cut a batch at odd places: none of them may bring a compilation into the training."""
+    launches = record(Step(width, dtype, batch=251, kept=kept, ragged=True), 90)
+    programs = {ahead_of_time.program(started) for started in launches}
+    once = {ahead_of_time.identity(started) for started in launches}
+    again = collections.Counter(name for name, *_ in programs) - collections.Counter(name for name, *_ in once)
+    # Rows and classes of a panel are multiples of 16 or not, on purpose (logit_tiles.py).
+    again -= collections.Counter({"streamed_logit_panel_kernel": 3})
+    assert not again, "compiled again for another alignment"
+    assert len(launches) > 10 * len(programs)  # there were many tiles
+    # Neither does a batch of another size, whose largest class has as many samples.
+    other = record(Step(width, dtype, batch=238, kept=kept, ragged=True), 90)
+    new = {ahead_of_time.program(started) for started in other} - programs
+    assert not {name for name, *_ in new} - {"streamed_logit_panel_kernel"}
 
 
 SPILLING_LOOP = """
