@@ -83,9 +83,10 @@ def wall_data(results: dict) -> dict | None:
                 line["memory"].append([setting.samples, memory["peak_bytes"]])
             elif memory.get("predicted_bytes"):
                 line["wall"].append([setting.samples, memory["predicted_bytes"]])
-    enough = any(len(line["memory"]) > 1 for lines in out.values() for line in lines.values())
+    # A width with one size, as the scaling over D measures it, has no curve.
+    out = {width: lines for width, lines in out.items() if any(len(line["memory"]) > 1 for line in lines.values())}
     limit = results["machine"].get("gpu_memory_bytes") or results["machine"]["memory_bytes"]
-    return {"widths": out, "limit": limit} if enough else None
+    return {"widths": out, "limit": limit} if out else None
 
 
 def share_data(results: dict) -> dict | None:

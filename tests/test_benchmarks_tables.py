@@ -387,6 +387,10 @@ def test_figures_are_drawn_and_carry_what_they_show(results, tmp_path):
     assert plots.stale("example.json", results, figures) == ["wall"]
     (line,) = plots.wall_data(results)["widths"].values()
     assert line["published"]["wall"] == [[320, 31_000_000_000]]
+    alone = json.loads(json.dumps(results["rows"][0]))
+    alone["setting"]["embedding_size"] = 384
+    results["rows"].append(alone)
+    assert "384" not in plots.wall_data(results)["widths"]  # one size is no curve
 
 
 def test_the_shipped_tables_and_figures_are_what_the_results_say():
