@@ -92,8 +92,9 @@ def gradient_limit(operation: Operation, provider: str, setting: Setting, precis
     SAME_FORMULA, as for everything else; none for the forms written here where the sums over N² pairs are so long that
     their rounding explains more than that. Their formula is proven by :func:`formula_error`, the same code is held to
     SAME_FORMULA at smaller sizes, and at this one its losses are. Batch normalization takes from each pair's gradient
-    the mean over all pairs: by `nn.BatchNorm1d` in float32 on one thread the gradient of a norm's shift is off by 2e-2
-    at N = 320, and by more than its own size at N = 640. How accurate a form is belongs into the tables.
+    the mean over all pairs: by `nn.BatchNorm1d` in float32 the gradient of a norm's shift is off by 1 % at N = 320 and
+    by 40 % at N = 640 (D = 128, `published` in benchmarks/results/amd-epyc-2-cores.json; gcng: 0.003 and 0.004 %). How
+    accurate a form is belongs into the tables.
     """
     limit = SAME_FORMULA[PRECISIONS[precision]]
     written = operation.name == "iteration" and _eager(provider) in WRITTEN_HERE and precision != "float64"

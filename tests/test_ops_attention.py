@@ -36,7 +36,7 @@ BATCHES = {batch.name: batch for batch in cases.BATCHES}
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of at most 16 columns and a few rows, so that every case has several in both directions."""
     monkeypatch.setattr(attention, "TILE_SCORES", 400)
-    monkeypatch.setattr(attention, "TILE_COLUMNS", 16)
+    monkeypatch.setattr(attention, "TILE_ROWS", 25)
 
 
 def random_inputs(n: int, heads: int = 2, width: int = 3, *, classes: int = 4, dtype=torch.float64) -> dict:
@@ -59,7 +59,7 @@ def test_gradients_alone_and_together() -> None:
 
 def test_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "TILE_SCORES", 24)
-    monkeypatch.setattr(attention, "TILE_COLUMNS", 4)
+    monkeypatch.setattr(attention, "TILE_ROWS", 3)
     q, k, v = (x.requires_grad_() for x in torch.randn(3, 7, 2, 2, dtype=torch.float64).unbind(0))
     labels = torch.tensor([0, 1, 0, 2, 2, 1, 0])
     assert torch.autograd.gradcheck(negative_attention, (q, k, v, labels), nondet_tol=0.0)
@@ -87,12 +87,16 @@ def test_double_backward() -> None:
         assert torch.autograd.gradgradcheck(negative_attention, (q, k, v, inputs["labels"]))
 
 
-@pytest.mark.parametrize(("scores", "columns"), [(1, 1), (30, 5), (64, 16), (2**19, 512)])
-def test_tile_size_changes_nothing(scores: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("scores", "rows", "shape"),
+    [(1, 1, (1, 1)), (30, 3, (3, 5)), (64, 2, (2, 16)), (400, 4, (4, 50)), (2**19, 64, (50, 50))],
+)
+def test_tile_size_changes_nothing(scores: int, rows: int, shape: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = random_inputs(50)
     whole = outputs_and_gradients(definition, inputs)
     monkeypatch.setattr(attention, "TILE_SCORES", scores)
-    monkeypatch.setattr(attention, "TILE_COLUMNS", columns)
+    monkeypatch.setattr(attention, "TILE_ROWS", rows)
+    assert attention._tile_shape(50, 2) == shape
     for expected, got in zip(whole, outputs_and_gradients(negative_attention, inputs), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-13)
 
@@ -225,7 +229,7 @@ def test_reference_mode_is_the_definition() -> None:
 def test_nothing_of_size_n_by_n_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = random_inputs(600, heads=1, width=4, dtype=torch.float32)
     monkeypatch.setattr(attention, "TILE_SCORES", 2**14)
-    monkeypatch.setattr(attention, "TILE_COLUMNS", 128)
+    monkeypatch.setattr(attention, "TILE_ROWS", 128)
     with LargestTensor() as largest:
         out, shares = attention._negative_attention(*inputs.values())
         attention._negative_attention_backward(out, *inputs.values(), shares, [True, True, True])

@@ -28,26 +28,36 @@ from gcng.reference import attention as reference
 
 # Scores per tile, all heads together: 2 MiB in float32, big enough for the GEMMs, small enough for a cache.
 TILE_SCORES = 2**19
-TILE_COLUMNS = 512
+# A tile is as wide as the batch while it keeps so many rows: the backward then computes its scores once, not twice.
+TILE_ROWS = 64
 
 
 def _tile_shape(num_nodes: int, num_heads: int) -> tuple[int, int]:
     """Rows and columns of a score tile, from the sizes alone: a result never depends on the machine."""
-    columns = max(1, min(num_nodes, TILE_COLUMNS, TILE_SCORES // num_heads))
+    columns = max(1, min(num_nodes, TILE_SCORES // (num_heads * TILE_ROWS)))
     return max(1, min(num_nodes, TILE_SCORES // (num_heads * columns))), columns
 
 
-def _finite_rows(x: Tensor) -> Tensor:
-    """Replace rows of x (H, N, h) with a non-finite entry by 0: in a GEMM, a weight of 0 times NaN is NaN."""
-    return torch.where(x.isfinite().all(-1, keepdim=True), x, 0.0)
+def _finite_rows(x: Tensor) -> Tensor | None:
+    """(H, N, 1) bool: the rows of x (H, N, h) without a NaN or infinity; None where all are, if x is on the CPU.
+
+    A GPU is not asked: the answer would have to be waited for.
+    """
+    finite = x.isfinite().all(-1, keepdim=True)
+    return None if x.device.type == "cpu" and bool(finite.all()) else finite
 
 
-def _depends_on_non_finite(x: Tensor, labels: Tensor) -> Tensor:
-    """(H, N, 1) bool: whether any row of x (H, N, h) that belongs to another class holds a non-finite entry.
+def _zeroed(x: Tensor, finite: Tensor | None) -> Tensor:
+    """x (H, N, h) with 0 in the rows that are not finite: in a GEMM, a weight of 0 times NaN is NaN."""
+    return x if finite is None else torch.where(finite, x, 0.0)
+
+
+def _depends_on_non_finite(finite: Tensor, labels: Tensor) -> Tensor:
+    """(H, N, 1) bool: whether any row that belongs to another class is not ``finite`` (H, N, 1).
 
     Counted by class ranges of the sorted labels, O(N H), without a device sync.
     """
-    bad = ~x.isfinite().all(-1).transpose(0, 1)  # (N, H)
+    bad = ~finite.squeeze(-1).transpose(0, 1)  # (N, H)
     in_order, order = labels.sort()
     running = torch.nn.functional.pad(bad[order].cumsum(0), (0, 0, 1, 0))  # (N + 1, H)
     wanted = labels.contiguous()
@@ -67,7 +77,8 @@ def _negative_attention(q: Tensor, k: Tensor, v: Tensor, labels: Tensor) -> tupl
         return attention.negative_attention_forward(q, k, v, labels.long())
     num_nodes, num_heads, width = q.shape
     queries, keys, values = _by_head(q) / math.sqrt(width), _by_head(k), _by_head(v)
-    finite_values = _finite_rows(values)
+    finite = _finite_rows(values)
+    finite_values = _zeroed(values, finite)
     out = queries.new_empty((num_nodes, num_heads, width))
     shares = queries.new_empty((2, num_heads, num_nodes, 1))
     row_block, column_block = _tile_shape(num_nodes, num_heads)
@@ -88,8 +99,9 @@ def _negative_attention(q: Tensor, k: Tensor, v: Tensor, labels: Tensor) -> tupl
         out[rows] = (weighted / total).transpose(0, 1)
         # Apart, because their joint logarithm would round away digits of large scores.
         shares[0, :, rows], shares[1, :, rows] = maximum, total
-    poisoned = _depends_on_non_finite(values, labels).transpose(0, 1)
-    return out.masked_fill_(poisoned, math.nan).to(q.dtype), shares
+    if finite is not None:
+        out.masked_fill_(_depends_on_non_finite(finite, labels).transpose(0, 1), math.nan)
+    return out.to(q.dtype), shares
 
 
 def _negative_attention_fake(q: Tensor, k: Tensor, v: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,7 +155,9 @@ def _negative_attention_backward(
     num_nodes, num_heads, width = q.shape
     scale = math.sqrt(width)
     queries, keys, values, grads = _by_head(q) / scale, _by_head(k), _by_head(v), _by_head(grad)
-    finite_queries, finite_keys, finite_grads = _finite_rows(queries), _finite_rows(keys), _finite_rows(grads)
+    finite_queries, finite_keys = (_zeroed(x, _finite_rows(x)) for x in (queries, keys))
+    finite = _finite_rows(grads)
+    finite_grads = _zeroed(grads, finite)
     operands = _Rows(queries, keys, values, grads, shares, labels)
     full = (num_heads, num_nodes, width)
     grad_q, grad_k, grad_v = (queries.new_zeros(full if need else (0,)) for need in needed)
@@ -158,8 +172,8 @@ def _negative_attention_backward(
                 grad_v[:, columns].baddbmm_(weights.transpose(1, 2), finite_grads[:, rows])
     if needed[0]:
         grad_q.div_(scale)
-    if needed[2]:
-        grad_v.masked_fill_(_depends_on_non_finite(grads, labels), math.nan)
+    if needed[2] and finite is not None:
+        grad_v.masked_fill_(_depends_on_non_finite(finite, labels), math.nan)
     return tuple(
         (x.transpose(0, 1) if need else x).to(q.dtype, memory_format=torch.contiguous_format, copy=need)
         for x, need in zip((grad_q, grad_k, grad_v), needed, strict=True)
