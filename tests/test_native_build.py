@@ -176,7 +176,7 @@ def test_an_interrupted_build_goes_on_where_it_was(csrc, tmp_path, monkeypatch):
         pytest.skip("ninja is not installed")
     (csrc / "cpu" / "value.cpp").write_text("#error\n")
     monkeypatch.setenv("MAX_JOBS", "1")
-    waits = script(tmp_path / "ninja", f'{program} "$@"', f"touch {tmp_path / 'ended'}", "exec sleep 60")
+    waits = script(tmp_path / "ninja", f'{program} "$@"', f"touch {tmp_path / 'ended'}", "exec sleep 10")
     monkeypatch.setattr(compilation, "ninja", lambda: str(waits))
 
     def interrupt() -> None:
