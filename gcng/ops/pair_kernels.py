@@ -287,7 +287,9 @@ class TorchPairKernels:
         stats = aten.native_layer_norm(activated, [x.shape[-1]], None, None, EPS)[1:]
         out.copy_(_backward_activation_norm(grad, w2, activated, stats, layer, sums))
         torch.mul(out, rstd[:, None], out=scaled)
-        sums.folded_mean.addmv_(scaled.T, mean)
+        # Not by a matrix-vector product, which adds the pairs of a tile one after the other: what that loses is lost by
+        # a whole row of the gradient of ff2_weight.
+        sums.folded_mean += (scaled * mean[:, None]).sum(0)
         sums.shift += out.sum(0)
         mapped = (w2 - x).sub_(prepared.shift)
         return torch.mv(out, prepared.row_sums) / hidden_width, mapped.mul_(out).sum(1) / hidden_width
