@@ -43,6 +43,20 @@ def test_messages(num_layers: int, p: float, pairs: int, stash: bool) -> None:
     assert worst_error(gradients((ours * grad).sum(), leaves), gradients((truth * grad).sum(), leaves)) <= BOUND
 
 
+def test_messages_are_as_accurate_over_hundreds_of_tiles() -> None:
+    """A node's running sum over all of them, one after the other, would not be."""
+    case = make_edge_case([*range(400)], width=16, num_layers=0, dtype=torch.float32)
+    weight, bias = upstream((16, 16)).float() / 4, upstream((16,)).float()
+    base = case.field()[0].detach() * 4
+    truth, baseline = (
+        reference.messages(reference.initial_edges(base.to(dtype)), weight.to(dtype), bias.to(dtype))
+        for dtype in (torch.float64, torch.float32)
+    )
+    assert len(plan_tiles(400, 200)) > 400
+    ours, _ = messages(base, *case.field()[1:], weight, bias, 200, False)
+    assert_close_to_truth("messages", ours, truth, baseline)
+
+
 @pytest.mark.parametrize("stash", (False, True))
 @pytest.mark.parametrize("pairs", PAIRS)
 def test_edges_layer_by_layer(pairs: int, stash: bool) -> None:
