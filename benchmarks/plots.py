@@ -139,8 +139,8 @@ def draw_wall(data: dict, plt: Any) -> Any:
                 bottom.plot(*zip(*known, *sorted(line["wall"]), strict=True), "--", color=color)
                 bottom.plot(*zip(*sorted(line["wall"]), strict=True), "o", mfc="white", color=color)
         bottom.axhline(data["limit"], color="black", linewidth=0.8)
-        place = {"ha": "right", "va": "top", "fontsize": 8, "transform": bottom.get_yaxis_transform()}
-        bottom.text(0.99, data["limit"], f"the machine has {bytes_words(data['limit'])}", **place)
+        place = {"ha": "left", "va": "top", "fontsize": 8, "transform": bottom.get_yaxis_transform()}
+        bottom.text(0.02, data["limit"], f"the machine has {bytes_words(data['limit'])}", **place)
         top.set_title(f"D = {width}")
         for axis, label in ((top, "seconds per iteration"), (bottom, "peak bytes")):
             axis.set(xscale="log", yscale="log", ylabel=label if column == 0 else "")

@@ -120,7 +120,7 @@ def _rlimits() -> list[int]:
 _TILE_HIDDEN_ROWS, _TILE_ROWS = 4, 16
 # Bytes of one (pairs, 4 D) tensor: on the CPU large against call overhead but not out of cache. On a GPU 65,536 pairs
 # at D = 512 in 16 bits: enough for many waves of blocks in every product, and by count, not timed, about 2.4 TFLOP for
-# the 270 launches of a tile in an iteration, so that starting them takes less time than they run.
+# the 270 launches of a tile in an iteration, so that starting them should take less time than they run.
 _TILE_BYTES = {"cpu": 16 * MIB, "cuda": 256 * MIB}
 
 

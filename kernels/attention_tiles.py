@@ -13,10 +13,9 @@ import triton
 import triton.language as tl
 
 from gcng.kernels.arithmetic import dot
-from gcng.kernels.launch import Schedule
+from gcng.kernels.launch import Schedule, unspecialized
 
-# Options of ``triton.jit``: labels start wherever the layout of a batch put them, which is no reason to compile again.
-PER_BATCH = {"do_not_specialize_on_alignment": ("labels_ptr",)}
+PER_BATCH = unspecialized((), ("labels_ptr",))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ keeps its launches instead of starting them: what is compiled ahead of time is t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,6 +81,16 @@ def recorded_launches(architecture: int, *, tf32: bool = False) -> Iterator[Reco
         yield _recording
     finally:
         _recording = previous
+
+
+def unspecialized(numbers: Sequence[str], tensors: Sequence[str]) -> dict[str, Sequence[str]]:
+    """Options of ``triton.jit`` for parameters that change from tile to tile or from batch to batch.
+
+    Compiling for the divisors of such numbers, and for the alignment of tensors that may start in the middle of another
+    one, would compile a kernel many times. Those tensors should hold one number for a pair or a row: rows of channels
+    are read and written 16 bytes at a time where they are aligned. Names that a kernel does not have are ignored.
+    """
+    return {"do_not_specialize": numbers, "do_not_specialize_on_alignment": tensors}
 
 
 def is_interpreted() -> bool:

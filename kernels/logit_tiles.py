@@ -10,16 +10,14 @@ import triton
 import triton.language as tl
 
 from gcng.kernels.arithmetic import dot, store
+from gcng.kernels.launch import unspecialized
 
-# Options of ``triton.jit`` for what changes from batch to batch: compiling for the divisors of such integers, and for
-# the alignment of tensors with one number for a row, would compile every kernel many times. The sizes of a panel are
-# not among them: aligned rows are written 16 bytes at a time, and a last tile of whole rows takes fewer registers.
-PER_BATCH = {
-    "do_not_specialize": ("num_rows", "num_classes", "tiles_per_split", "num_splits"),
-    "do_not_specialize_on_alignment": (
-        "target_ptr", "maximum_ptr", "total_ptr", "target_logit_ptr", "lse_ptr", "scale_ptr",
-    ),
-}  # fmt: skip
+# The sizes of a panel are not among them: its aligned rows are written 16 bytes at a time, and a last tile of whole
+# rows takes fewer registers.
+PER_BATCH = unspecialized(
+    ("num_rows", "num_classes", "tiles_per_split", "num_splits"),
+    ("target_ptr", "maximum_ptr", "total_ptr", "target_logit_ptr", "lse_ptr", "scale_ptr"),
+)
 
 
 @triton.jit

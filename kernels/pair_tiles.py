@@ -16,24 +16,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gcng.kernels.launch import Schedule, launch
+from gcng.kernels.launch import Schedule, launch, unspecialized
 
 Rectangle = tuple[int, int, int, int]  # r0, r1, c0, c1
 TRITON_TYPES = {torch.float64: tl.float64, torch.float32: tl.float32}
 STORED_TYPES = {**TRITON_TYPES, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 EPS = tl.constexpr(1e-5)  # of every layer norm
-# Options of ``triton.jit`` for what changes from tile to tile: compiling for the divisors of such integers, and for the
-# alignment of tensors that start in the middle of another one, would compile every kernel many times. Those tensors
-# hold one number for a pair or a node and head; rows of channels keep their alignment.
-PER_TILE = {
-    "do_not_specialize": (
-        "n", "r0", "c0", "rows", "columns", "mirror", "pairs", "layer", "seed", "parts", "groups",
-    ),
-    "do_not_specialize_on_alignment": (
-        "identity_ptr", "weights_ptr", "weight_row_ptr", "weight_column_ptr", "mean_ptr", "rstd_ptr", "mean_grad_ptr",
-        "mean_product_ptr", "total_ptr", "second_ptr", "third_ptr", "fourth_ptr",
-    ),
-}  # fmt: skip
+PER_TILE = unspecialized(
+    ("n", "r0", "c0", "rows", "columns", "mirror", "pairs", "layer", "seed", "parts", "groups"),
+    ("identity_ptr", "weights_ptr", "weight_row_ptr", "weight_column_ptr", "mean_ptr", "rstd_ptr", "mean_grad_ptr",
+     "mean_product_ptr", "total_ptr", "second_ptr", "third_ptr", "fourth_ptr"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

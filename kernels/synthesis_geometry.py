@@ -15,22 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gcng.kernels.launch import CompilationCase, Schedule, launch
+from gcng.kernels.launch import CompilationCase, Schedule, launch, unspecialized
 
 DISTANCE_OFFSET = 1e-6  # (15): added to every channel before the norm
-# Options of ``triton.jit`` for what changes from block to block: compiling for the divisors of such integers, and for
-# the alignment of tensors that start in the middle of another one, would compile every kernel many times. Those tensors
-# hold one number for a pair, an anchor or a class; rows of channels keep their alignment.
-PER_BLOCK = {
-    "do_not_specialize": (
-        "A", "B", "M", "first_negative", "stride_weights", "channel_blocks", "sample_blocks", "per_span",
-    ),
-    "do_not_specialize_on_alignment": (
-        "starts_ptr", "reach_ptr", "positive_ptr", "rank_ptr", "weights_ptr", "distance_ptr", "near_ptr", "ratio_ptr",
-        "weight_ptr", "offset_ptr", "slope_ptr", "dots_ptr", "squares_ptr", "grad_dots_ptr", "grad_squares_ptr",
-        "plain_ptr", "gated_ptr", "grad_distance_ptr", "grad_reach_ptr",
-    ),
-}  # fmt: skip
+PER_BLOCK = unspecialized(
+    ("A", "B", "M", "first_negative", "stride_weights", "channel_blocks", "sample_blocks", "per_span"),
+    ("starts_ptr", "reach_ptr", "positive_ptr", "rank_ptr", "weights_ptr", "distance_ptr", "near_ptr", "ratio_ptr",
+     "weight_ptr", "offset_ptr", "slope_ptr", "dots_ptr", "squares_ptr", "grad_dots_ptr", "grad_squares_ptr",
+     "plain_ptr", "gated_ptr", "grad_distance_ptr", "grad_reach_ptr"),
+)  # fmt: skip
 
 
 class Block(NamedTuple):

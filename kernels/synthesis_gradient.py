@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gcng.kernels.launch import CompilationCase, Schedule, launch
+from gcng.kernels.launch import CompilationCase, Schedule, launch, unspecialized
 from gcng.kernels.synthesis import (
     SynthesisTile,
     Upstream,
@@ -193,7 +193,7 @@ def negative_gradient_kernel(
     tl.store(grad_n_ptr + place, tl.sum(total, 1), mask=(samples < stop)[:, None] & (channels < WIDTH)[None, :])
 
 
-@triton.jit(do_not_specialize=("size", "count"), do_not_specialize_on_alignment=("out_ptr",))
+@triton.jit(**unspecialized(("size", "count"), ("out_ptr",)))
 def add_parts_kernel(parts_ptr, out_ptr, size, count, BLOCK: tl.constexpr):
     """out += sum of parts, in their order. A program owns BLOCK elements. parts: (count, size). out: (size,)."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
