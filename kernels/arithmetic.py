@@ -25,6 +25,21 @@ def dot(a, b, accumulator, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def operand(x, PRECISION: tl.constexpr):
+    """A computed operand of :func:`dot`: float32 rounded to the nearest tf32 number where ``PRECISION`` is "tf32".
+
+    Tensor cores cut the low 13 bits off, which makes every number smaller: a bias that no averaging removes. Numbers
+    that were widened from 16 bits have none of those bits and need no rounding.
+    """
+    if PRECISION == "tf32" and x.dtype == tl.float32:
+        finite = tl.abs(x) < float("inf")
+        bits = tl.where(finite, x, 0.0).to(tl.int32, bitcast=True)
+        bits = (bits + 0xFFF + ((bits >> 13) & 1)) & -0x2000
+        return tl.where(finite, bits.to(tl.float32, bitcast=True), x)
+    return x
+
+
+@triton.jit
 def round_to(x, DTYPE: tl.constexpr):
     """x rounded to the nearest DTYPE, ties to even; in the interpreter as on a GPU."""
     if INTERPRETED and tl.bfloat16 == DTYPE:

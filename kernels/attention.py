@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gcng.kernels.arithmetic import dot, store
+from gcng.kernels.arithmetic import dot, operand, store
 from gcng.kernels.attention_gradient import (
     negative_attention_grad_query_kernel,
     negative_attention_grad_sender_kernel,
@@ -64,7 +64,7 @@ def negative_attention_forward_kernel(
         shrink = tl.exp(maximum - raised)
         total = total * shrink + tl.sum(weights, 1)
         values = load_rows(v_ptr + head * stride_vh, stride_vn, stride_vd, columns, outputs, N, WIDTH)
-        weighted = dot(weights, finite(values.to(TYPE)), weighted * shrink[:, None], WEIGHTED)
+        weighted = dot(operand(weights, WEIGHTED), finite(values.to(TYPE)), weighted * shrink[:, None], WEIGHTED)
         spoiled = tl.load(spoiled_ptr + columns * H + head, mask=columns < N, other=0).to(tl.int32)
         poisoned = tl.maximum(poisoned, tl.max(tl.where(negative, spoiled[None, :], 0), 1))
         maximum = raised

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gcng.kernels.arithmetic import dot, store
+from gcng.kernels.arithmetic import dot, operand, store
 from gcng.kernels.attention_tiles import PER_BATCH, finite, load_rows, negatives, products, weights_again
 
 
@@ -86,7 +86,7 @@ def negative_attention_grad_query_kernel(
         )  # fmt: skip
         grad_scores = tl.where(negative, weights * (grad_weights - radial[:, None]), 0.0)
         keys = load_rows(k_ptr + head * stride_kh, stride_kn, stride_kd, columns, outputs, N, WIDTH)
-        grad_q = dot(grad_scores, finite(keys.to(TYPE)), grad_q, WEIGHTED)
+        grad_q = dot(operand(grad_scores, WEIGHTED), finite(keys.to(TYPE)), grad_q, WEIGHTED)
     inside = (rows < N)[:, None] & (outputs < WIDTH)[None, :]
     store(grad_q_ptr + (rows[:, None] * H + head) * WIDTH + outputs[None, :], grad_q * SCALE, inside)
 
@@ -126,7 +126,7 @@ def negative_attention_grad_sender_kernel(
         )  # fmt: skip
         if HAS_V:
             grads = load_rows(grad_ptr + head * stride_gh, stride_gn, stride_gd, rows, outputs, N, WIDTH)
-            grad_v = dot(tl.trans(weights), finite(grads.to(TYPE)), grad_v, WEIGHTED)
+            grad_v = dot(tl.trans(operand(weights, WEIGHTED)), finite(grads.to(TYPE)), grad_v, WEIGHTED)
             spoiled = tl.load(spoiled_ptr + rows * H + head, mask=rows < N, other=0).to(tl.int32)
             poisoned = tl.maximum(poisoned, tl.max(tl.where(negative, spoiled[:, None], 0), 0))
         if HAS_K:
@@ -137,7 +137,7 @@ def negative_attention_grad_sender_kernel(
             radial = tl.load(radial_ptr + head * N + rows, mask=rows < N, other=0.0)
             grad_scores = tl.where(negative, weights * (grad_weights - radial[:, None]), 0.0)
             queries = load_rows(q_ptr + head * stride_qh, stride_qn, stride_qd, rows, outputs, N, WIDTH)
-            grad_k = dot(tl.trans(grad_scores), finite(queries.to(TYPE)), grad_k, WEIGHTED)
+            grad_k = dot(tl.trans(operand(grad_scores, WEIGHTED)), finite(queries.to(TYPE)), grad_k, WEIGHTED)
     inside = (columns < N)[:, None] & (outputs < WIDTH)[None, :]
     place = (columns[:, None] * H + head) * WIDTH + outputs[None, :]
     if HAS_K:

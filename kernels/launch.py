@@ -118,10 +118,18 @@ def input_precision(dtype: torch.dtype) -> str:
 
 
 def _device_of(name: str, arguments: Iterable[Any]) -> torch.device:
-    devices = {x.device for x in arguments if isinstance(x, Tensor)}
-    if len(devices) != 1:
-        raise ValueError(f"{name}: the tensors of a launch must share one device, got {sorted(map(str, devices))}")
-    return devices.pop()
+    devices = [x.device for x in arguments if isinstance(x, Tensor)]
+    if not devices or devices.count(devices[0]) != len(devices):
+        found = sorted({str(device) for device in devices})
+        raise ValueError(f"{name}: the tensors of a launch must share one device, got {found}")
+    return devices[0]
+
+
+def _guard(device: torch.device) -> contextlib.AbstractContextManager:
+    """Makes a GPU the current one; nothing where it is, since a small batch waits for every launch."""
+    if device.type == "cpu" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, schedule: Schedule, **constants: Any) -> None:
@@ -152,5 +160,5 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, schedule: Schedu
     if device.type == "cpu" and not is_interpreted():
         raise RuntimeError(f"{name}: expected tensors on a GPU, got {device}; set TRITON_INTERPRET=1 to interpret it")
     options = {"num_warps": schedule.num_warps, "num_stages": schedule.num_stages, "enable_fp_fusion": True}
-    with torch.cuda.device(device) if device.type != "cpu" else contextlib.nullcontext():
+    with _guard(device):
         kernel[grid](*arguments, **constants, **options)

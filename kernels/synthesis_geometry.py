@@ -19,7 +19,8 @@ from gcng.kernels.launch import CompilationCase, Schedule, launch, unspecialized
 
 DISTANCE_OFFSET = 1e-6  # (15): added to every channel before the norm
 PER_BLOCK = unspecialized(
-    ("A", "B", "M", "first_negative", "stride_weights", "channel_blocks", "sample_blocks", "per_span"),
+    ("N", "A", "B", "M", "first_anchor", "first_negative", "stride_weights", "channel_blocks", "sample_blocks",
+     "per_span"),
     ("starts_ptr", "reach_ptr", "positive_ptr", "rank_ptr", "weights_ptr", "distance_ptr", "near_ptr", "ratio_ptr",
      "weight_ptr", "offset_ptr", "slope_ptr", "dots_ptr", "squares_ptr", "grad_dots_ptr", "grad_squares_ptr",
      "plain_ptr", "gated_ptr", "grad_distance_ptr", "grad_reach_ptr"),
@@ -89,19 +90,19 @@ def quotient(x, y):
 
 
 @triton.jit
-def _distances(a_ptr, n_ptr, rows, partners, WIDTH: tl.constexpr, OFFSET: tl.constexpr, BLOCK_D: tl.constexpr):
-    """|a[row] - n[partner] + OFFSET| (15), (BLOCK_A, BLOCK_B); rows (BLOCK_A,), partners (BLOCK_A, BLOCK_B) int64."""
-    total = tl.zeros((partners.shape[0], partners.shape[1], BLOCK_D), a_ptr.dtype.element_ty)
+def _distances(z_ptr, rows, partners, WIDTH: tl.constexpr, OFFSET: tl.constexpr, BLOCK_D: tl.constexpr):
+    """|z[row] - z[partner] + OFFSET| (15), (BLOCK_A, BLOCK_B); rows (BLOCK_A,), partners (BLOCK_A, BLOCK_B) int64."""
+    total = tl.zeros((partners.shape[0], partners.shape[1], BLOCK_D), z_ptr.dtype.element_ty)
     for first in range(0, WIDTH, BLOCK_D):
         channels = (first + tl.arange(0, BLOCK_D).to(tl.int64))[None, None, :]
-        a = tl.load(a_ptr + rows[:, None, None] * WIDTH + channels, mask=channels < WIDTH, other=0.0)
-        n = tl.load(n_ptr + partners[:, :, None] * WIDTH + channels, mask=channels < WIDTH, other=0.0)
+        a = tl.load(z_ptr + rows[:, None, None] * WIDTH + channels, mask=channels < WIDTH, other=0.0)
+        n = tl.load(z_ptr + partners[:, :, None] * WIDTH + channels, mask=channels < WIDTH, other=0.0)
         difference = tl.where(channels < WIDTH, a - n + OFFSET, 0.0)
         total += difference * difference
     return root(tl.sum(total, 2))
 
 
-@triton.jit
+@triton.jit(**PER_BLOCK)
 def positive_distance_kernel(
     z_ptr, positive_ptr, distance_ptr,
     N, WIDTH: tl.constexpr, OFFSET: tl.constexpr,
@@ -117,30 +118,32 @@ def positive_distance_kernel(
     rows = tl.minimum(rows, N - 1)
     columns = tl.arange(0, BLOCK_B)
     partners = tl.load(positive_ptr + rows)[:, None] + 0 * columns[None, :]
-    distance = _distances(z_ptr, z_ptr, rows, partners, WIDTH, OFFSET, BLOCK_D)
+    distance = _distances(z_ptr, rows, partners, WIDTH, OFFSET, BLOCK_D)
     places = rows[:, None] + 0 * columns[None, :]
     tl.store(distance_ptr + places, distance, mask=stored[:, None] & (columns == 0)[None, :])
 
 
 @triton.jit(**PER_BLOCK)
 def pair_geometry_kernel(
-    a_ptr, n_ptr, reach_ptr, positive_ptr, rank_ptr, weights_ptr, kappa_ptr,
+    z_ptr, reach_ptr, positive_ptr, rank_ptr, weights_ptr, kappa_ptr,
     distance_ptr, near_ptr, ratio_ptr, weight_ptr, offset_ptr, slope_ptr,
-    A, B, first_negative, stride_weights,
+    A, B, first_anchor, first_negative, stride_weights,
     WIDTH: tl.constexpr, OFFSET: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """(15)-(17) of every pair: dn; near = dp >= dn; rho = dp / dn or 1; w of (18); w rho; w kappa (1 - rho).
 
     A program owns BLOCK_A x BLOCK_B pairs. Distances come from differences, channel by channel: products of z would
     lose the digits of close vectors. Reads (BLOCK_A + BLOCK_B) D of z, writes six numbers a pair.
-    a: (A, D). n: (B, D). reach, positive, rank: (A,). weights: (K, B), rows apart by their stride. kappa: 0-dim.
+    z: (N, D), the whole batch: the start of a slice can be aligned or not, by which the compiler would choose the order
+    of sums. reach, positive, rank: (A,). weights: (K, B), rows apart by their stride. kappa: 0-dim.
     """
     blocks = tl.cdiv(B, BLOCK_B)
     rows = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_A + tl.arange(0, BLOCK_A)
     columns = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     stored = (rows < A)[:, None] & (columns < B)[None, :]
     rows, columns = tl.minimum(rows, A - 1), tl.minimum(columns, B - 1)
-    distance = _distances(a_ptr, n_ptr, rows, columns[None, :] + 0 * rows[:, None], WIDTH, OFFSET, BLOCK_D)
+    partners = first_negative + columns[None, :] + 0 * rows[:, None]
+    distance = _distances(z_ptr, first_anchor + rows, partners, WIDTH, OFFSET, BLOCK_D)
     reach = tl.load(reach_ptr + rows)[:, None] + 0.0 * distance
     # A positive in its own column is at distance dp by definition, whatever the rounding of two norms says.
     own = tl.load(positive_ptr + rows)[:, None] == columns[None, :] + first_negative
@@ -181,16 +184,16 @@ def pair_geometry(
     reach: (N,), of :func:`positive_distance`. positive, rank: (N,) int64. weights: (K, N) of (18). kappa: 0-dim.
     All floating tensors in the dtype of z. Memory: the result.
     """
-    (anchors, negatives, _), (a, _, b), width = block.operands, block.shape, block.z.shape[1]
-    numbers = anchors.new_empty((5, a, b))
-    near = torch.empty((a, b), dtype=torch.bool, device=anchors.device)
+    z, rows, (a, _, b), width = block.z, block.anchors, block.shape, block.z.shape[1]
+    numbers = z.new_empty((5, a, b))
+    near = torch.empty((a, b), dtype=torch.bool, device=z.device)
     out = Geometry(numbers[0], near, *numbers[1:].unbind())
-    tile, rows = distance_tile(width), block.anchors
+    tile = distance_tile(width)
     part = weights[:, block.negatives]
     launch(
         pair_geometry_kernel, (triton.cdiv(a, tile.block_a) * triton.cdiv(b, tile.block_b),),
-        anchors, negatives, reach[rows], positive[rows], rank[rows], part, kappa,
-        *out._replace(near=near.view(torch.uint8)), a, b, block.negatives.start, part.stride(0),
+        z, reach[rows], positive[rows], rank[rows], part, kappa,
+        *out._replace(near=near.view(torch.uint8)), a, b, rows.start, block.negatives.start, part.stride(0),
         schedule=tile, WIDTH=width, OFFSET=DISTANCE_OFFSET,
         BLOCK_A=tile.block_a, BLOCK_B=tile.block_b, BLOCK_D=tile.block_d,
     )  # fmt: skip

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gcng.reference import dropout
 from tests.closeness import assert_close_to_truth
+from tests.run_case import equal_bits
 from tests.triton_interpreter import check_isolated, guarded, is_interpreting, run_isolated, spread_rows
 
 triton = pytest.importorskip("triton", exc_type=ImportError)
@@ -41,6 +42,12 @@ def dot_kernel(a_ptr, b_ptr, out_ptr, PLAIN: tl.constexpr, BLOCK: tl.constexpr, 
     else:
         total = arithmetic.dot(a, b, total, "ieee")
     tl.store(out_ptr + square, total)
+
+
+@triton.jit
+def operand_kernel(x_ptr, out_ptr, PRECISION: tl.constexpr, BLOCK: tl.constexpr):
+    index = tl.arange(0, BLOCK)
+    tl.store(out_ptr + index, arithmetic.operand(tl.load(x_ptr + index), PRECISION))
 
 
 @triton.jit
@@ -110,6 +117,25 @@ def test_round_to_bfloat16() -> None:
     run(copy_kernel, 1, x, out, 2048, 2048, BLOCK=2048, MASKED=True, WIDE=True)
     same = (out.view(torch.int16) == x.bfloat16().view(torch.int16)) | (out.isnan() & x.isnan())
     assert same.all()
+
+
+def test_operands_of_tf32_products_are_rounded_to_the_nearest() -> None:
+    """11 bits of every number, ties to even, and nothing left that a tensor core would cut off."""
+    ties = torch.tensor([1 + 2**-11, 1 + 3 * 2**-11, -1 - 2**-11, 2 - 2**-11])
+    special = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 3.4028235e38, -3.4028235e38, 1e-40])
+    x = torch.cat([ties, special, torch.randn(1012), torch.randn(1024).exp2() * 1e30])
+    rounded, as_it_was = torch.empty(2, 2048)
+    run(operand_kernel, 1, x, rounded, PRECISION="tf32", BLOCK=2048)
+    run(operand_kernel, 1, x, as_it_was, PRECISION="ieee", BLOCK=2048)
+    assert equal_bits(as_it_was, x)
+    assert not (rounded[~rounded.isnan()].view(torch.int32) & 0x1FFF).any()
+    assert rounded[:7].tolist() == [1.0, 1 + 2**-9, -1.0, 2.0, 0.0, 0.0, math.inf]
+    assert rounded[4:6].signbit().tolist() == [False, True] and rounded[8].isnan()
+    assert rounded[7] == -math.inf and rounded[9] == math.inf and rounded[10] == -math.inf
+    mantissa, exponent = x[12:].double().frexp()
+    assert torch.equal(rounded[12:].double(), ((mantissa * 2**11).round() / 2**11).ldexp(exponent))
+    # Cut off instead, every number would be smaller, by 2^-12 of itself on average.
+    assert abs(float((rounded[12:].double() / x[12:].double()).mean()) - 1) < 2**-16
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
