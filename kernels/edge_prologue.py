@@ -33,6 +33,9 @@ from gcng.kernels.pair_tiles import (
     normalize,
     normalize_backward,
     own_columns,
+    own_rows,
+    row_chunks,
+    store_column_parts,
     store_part,
     whole_row_schedule,
 )
@@ -172,15 +175,16 @@ def edge_prologue_columns_kernel(
     grad_ptr,  # (R S, D) of the mix, becomes that of the edges
     source_ptr, key_query_ptr,  # as in the forward
     weight_column_ptr, kappa_ptr,  # (R, S)
-    value_grad_ptr, key_query_grad_ptr, key_bias_grad_ptr,  # (N, D), (N, D), (N,) running sums
-    n, r0, c0, rows, columns,
+    value_parts_ptr, key_query_parts_ptr, key_bias_parts_ptr,  # (S, chunks, D), (S, chunks, D), (S, chunks)
+    n, r0, c0, rows, columns, chunk,
     KIND: tl.constexpr, NEED_INPUT: tl.constexpr, TYPE: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """What the column's node receives, sum_r m_c (1 - g) dw and -sum_r kappa e, and de = dw + kappa (kq_r - kq_c).
+    """Parts of what the column's node receives, sum_r m_c (1 - g) dw and -sum_r kappa e, and
+    de = dw + kappa (kq_r - kq_c).
 
-    A program owns BLOCK_J columns and BLOCK_D channels and walks down the rows. Bytes for each pair: reads dw, e and
-    two numbers, writes de.
+    A program owns BLOCK_J columns and BLOCK_D channels and walks down a chunk of rows. Bytes for each pair: reads dw, e
+    and two numbers, writes de.
     """
     j = tl.program_id(0).to(tl.int64) * BLOCK_J + tl.arange(0, BLOCK_J)
     channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -190,7 +194,8 @@ def edge_prologue_columns_kernel(
     value_sum = tl.zeros((BLOCK_J, BLOCK_D), TYPE)
     key_sum = tl.zeros((BLOCK_J, BLOCK_D), TYPE)
     bias_sum = tl.zeros((BLOCK_J,), TYPE)
-    for i in range(rows):
+    start, end = own_rows(rows, chunk)
+    for i in range(start, end):
         row, place = tl.cast(r0 + i, tl.int64), tl.cast(i, tl.int64) * columns + j
         e = load_edges(source_ptr, row, column, place, channel, stored, n, KIND, WIDTH, TYPE)
         grad_w = load_rows(grad_ptr, place, channel, stored, WIDTH, TYPE)
@@ -202,13 +207,10 @@ def edge_prologue_columns_kernel(
             direction = load_node(key_query_ptr, row, channel, WIDTH, TYPE)[None, :] - keys
             target = grad_ptr + place[:, None] * WIDTH + channel[None, :]
             store(target, grad_w + kappa[:, None] * direction, inside)
-    offsets = column[:, None] * WIDTH + channel[None, :]
-    tl.store(value_grad_ptr + offsets, tl.load(value_grad_ptr + offsets, mask=inside, other=0.0) + value_sum, inside)
-    key_grad = tl.load(key_query_grad_ptr + offsets, mask=inside, other=0.0) + key_sum
-    tl.store(key_query_grad_ptr + offsets, key_grad, mask=inside)
+    store_column_parts(value_parts_ptr, j, stored, channel, value_sum, WIDTH)
+    store_column_parts(key_query_parts_ptr, j, stored, channel, key_sum, WIDTH)
     if tl.program_id(1) == 0:
-        bias_grad = tl.load(key_bias_grad_ptr + column, mask=stored, other=0.0) + bias_sum
-        tl.store(key_bias_grad_ptr + column, bias_grad, mask=stored)
+        store_column_parts(key_bias_parts_ptr, j, stored, tl.arange(0, 1), bias_sum[:, None], 1)
 
 
 def seed_argument(seed: Tensor | int) -> Tensor | int:
@@ -269,13 +271,19 @@ def edge_prologue_backward(
     add_parts(parts[2:].view(2, 1, rows * runs, width), [sums.ln_weight, sums.ln_bias])
     add_parts(bias_parts, [sums.key_bias[r0:r1]])
     # After the sums of the rows: where the tile lies on the diagonal, its rows are among its columns.
+    column_runs, channel_runs = blocks(columns, by_column.block_j), blocks(width, by_column.block_d)
+    chunk, chunks = row_chunks(rows, column_runs * channel_runs)
+    column_parts = sums.value.new_empty((2, columns, chunks, width))
+    column_bias = sums.key_bias.new_empty((1, columns, chunks, 1))
     launch(
-        edge_prologue_columns_kernel, (blocks(columns, by_column.block_j), blocks(width, by_column.block_d)),
-        grad, values, layer.key_query, mix.weight_column, kappa, sums.value, sums.key_query, sums.key_bias,
-        n, r0, c0, rows, columns,
+        edge_prologue_columns_kernel, (column_runs, channel_runs, chunks),
+        grad, values, layer.key_query, mix.weight_column, kappa, *column_parts, column_bias,
+        n, r0, c0, rows, columns, chunk,
         schedule=by_column, KIND=kind, NEED_INPUT=need_input, TYPE=TRITON_TYPES[dtype],
         WIDTH=width, BLOCK_J=by_column.block_j, BLOCK_D=by_column.block_d,
     )  # fmt: skip
+    add_parts(column_parts, [sums.value[c0:c1], sums.key_query[c0:c1]])
+    add_parts(column_bias, [sums.key_bias[c0:c1]])
 
 
 def compilation_cases() -> Iterator[CompilationCase]:

@@ -26,7 +26,10 @@ from gcng.kernels.pair_tiles import (
     load_node,
     load_rows,
     own_columns,
+    own_rows,
     packed_place,
+    row_chunks,
+    store_column_parts,
     store_part,
     wide_dtype,
 )
@@ -42,17 +45,17 @@ def gates_kernel(
     logits_ptr,  # (R S, D), become the gates
     stash_ptr,  # (P, D) or None, receives the gates
     center_ptr,  # (D,), None without sums
-    row_sums_ptr,  # (N, D) running sum
     parts_ptr,  # (R, runs, D) sums of the rows
-    squares_ptr,  # (runs, channel blocks) float64
-    n, r0, c0, rows, columns, mirror,
+    column_parts_ptr,  # (S, chunks, D) sums of the columns, 0 unless mirrored
+    squares_ptr,  # (chunks, runs, channel blocks) float64
+    n, r0, c0, rows, columns, mirror, chunk,
     TYPE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """gate = sigmoid(logit), and the sums of gate - center over the partners of a node, and of its square: (14), (26).
 
-    A program owns BLOCK_J columns and BLOCK_D channels and walks down the rows: it adds the sums of its mirrored
-    columns, leaves a part for each row, and one number for the squares, a mirrored pair counting twice. Sums are of
-    the gates before they are rounded. Bytes for each pair: reads a logit, writes a gate, above the diagonal twice.
+    A program owns BLOCK_J columns and BLOCK_D channels and walks down a chunk of rows: it leaves a part for each row
+    and each column, and one number for the squares, a mirrored pair counting twice. Sums are of the gates before they
+    are rounded. Bytes for each pair: reads a logit, writes a gate, above the diagonal twice.
     """
     run = tl.program_id(0).to(tl.int64)
     j = run * BLOCK_J + tl.arange(0, BLOCK_J)
@@ -61,7 +64,8 @@ def gates_kernel(
     inside = stored[:, None] & (channel < WIDTH)[None, :]
     total = tl.zeros((BLOCK_J, BLOCK_D), TYPE)
     squares = tl.zeros((BLOCK_J, BLOCK_D), TYPE)
-    for i in range(rows):
+    start, end = own_rows(rows, chunk)
+    for i in range(start, end):
         row, place = tl.cast(r0 + i, tl.int64), tl.cast(i, tl.int64) * columns + j
         gate = 1.0 / (1.0 + tl.exp(-load_rows(logits_ptr, place, channel, stored, WIDTH, TYPE)))
         store(logits_ptr + place[:, None] * WIDTH + channel[None, :], gate, inside)
@@ -76,10 +80,10 @@ def gates_kernel(
             store_part(parts_ptr, centered, channel, WIDTH, tl.cast(i, tl.int64) * tl.num_programs(0) + run)
     if center_ptr is not None:
         mirrored = (j >= mirror)[:, None]
-        target = row_sums_ptr + column[:, None] * WIDTH + channel[None, :]
-        tl.store(target, tl.load(target, mask=inside & mirrored, other=0.0) + total, mask=inside & mirrored)
+        store_column_parts(column_parts_ptr, j, stored, channel, tl.where(mirrored, total, 0.0), WIDTH)
         twice = tl.where(mirrored, 2.0 * squares, squares).to(tl.float64)
-        tl.store(squares_ptr + run * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.sum(twice, 1), 0))
+        place = (tl.program_id(2) * tl.num_programs(0) + run) * tl.num_programs(1) + tl.program_id(1)
+        tl.store(squares_ptr + place, tl.sum(tl.sum(twice, 1), 0))
 
 
 @triton.jit(**PER_TILE)
@@ -142,17 +146,22 @@ def gates(logits: Tensor, n: int, tile: Rectangle, stash: Tensor | None, spread:
     rows, columns, width = r1 - r0, c1 - c0, logits.shape[-1]
     schedule = gates_schedule(width)
     runs, channel_runs = blocks(columns, schedule.block_j), blocks(width, schedule.block_d)
+    chunk, chunks = row_chunks(rows, runs * channel_runs)
     center, row_sums, squares = (None, None, None) if spread is None else spread
-    parts = None if spread is None else row_sums.new_empty((1, rows, runs, width))
-    square_parts = None if spread is None else squares.new_empty((1, 1, runs * channel_runs, 1))
+    parts = column_parts = square_parts = None
+    if spread is not None:
+        parts = row_sums.new_empty((1, rows, runs, width))
+        column_parts = row_sums.new_empty((1, columns, chunks, width))
+        square_parts = squares.new_empty((1, 1, chunks * runs * channel_runs, 1))
     launch(
-        gates_kernel, (runs, channel_runs),
-        logits, stash, center, row_sums, parts, square_parts, n, r0, c0, rows, columns, max(r1 - c0, 0),
+        gates_kernel, (runs, channel_runs, chunks),
+        logits, stash, center, parts, column_parts, square_parts, n, r0, c0, rows, columns, max(r1 - c0, 0), chunk,
         schedule=schedule, TYPE=TRITON_TYPES[wide_dtype(logits)], WIDTH=width,
         BLOCK_J=schedule.block_j, BLOCK_D=schedule.block_d,
     )  # fmt: skip
     if spread is not None:
         add_parts(parts, [row_sums[r0:r1]])
+        add_parts(column_parts, [row_sums[c0:c1]])
         add_parts(square_parts, [squares])
 
 

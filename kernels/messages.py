@@ -23,7 +23,10 @@ from gcng.kernels.pair_tiles import (
     load_node,
     load_rows,
     own_columns,
+    own_rows,
     packed_place,
+    row_chunks,
+    store_column_parts,
     store_part,
 )
 
@@ -37,15 +40,15 @@ def messages_schedule(width: int) -> PairSchedule:
 def messages_kernel(
     before_ptr,  # (R S, D)
     stash_ptr,  # (P, D) or None, receives before
-    out_ptr,  # (N, D) running sum
     parts_ptr,  # (R, runs, D) sums of the rows
-    n, r0, c0, rows, columns, mirror,
+    column_parts_ptr,  # (S, chunks, D) sums of the columns
+    n, r0, c0, rows, columns, mirror, chunk,
     EXACT: tl.constexpr, TYPE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """out_c += sum_r gelu(before_rc) for the mirrored columns, and the parts of out_r = sum_c gelu(before_rc): (7).
+    """The parts of out_c = sum_r gelu(before_rc), 0 unless mirrored, and of out_r = sum_c gelu(before_rc): (7).
 
-    A program owns BLOCK_J columns and BLOCK_D channels, walks down the rows, and leaves a part for each row. Bytes
-    for each pair: reads before and, above the diagonal, writes the stash; the messages are never stored.
+    A program owns BLOCK_J columns and BLOCK_D channels and walks down a chunk of rows.
+    Bytes for each pair: reads before and, above the diagonal, writes the stash; the messages are never stored.
     """
     run = tl.program_id(0).to(tl.int64)
     j = run * BLOCK_J + tl.arange(0, BLOCK_J)
@@ -53,7 +56,8 @@ def messages_kernel(
     channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     within = (channel < WIDTH)[None, :]
     total = tl.zeros((BLOCK_J, BLOCK_D), TYPE)
-    for i in range(rows):
+    start, end = own_rows(rows, chunk)
+    for i in range(start, end):
         row = tl.cast(r0 + i, tl.int64)
         before = load_rows(before_ptr, tl.cast(i, tl.int64) * columns + j, channel, stored, WIDTH, TYPE)
         if stash_ptr is not None:
@@ -62,9 +66,8 @@ def messages_kernel(
         message = gelu(before, EXACT)
         total += message
         store_part(parts_ptr, message, channel, WIDTH, tl.cast(i, tl.int64) * tl.num_programs(0) + run)
-    target = out_ptr + column[:, None] * WIDTH + channel[None, :]
-    mirrored = (stored & (j >= mirror))[:, None] & within
-    tl.store(target, tl.load(target, mask=mirrored, other=0.0) + total, mask=mirrored)
+    total = tl.where((j >= mirror)[:, None], total, 0.0)
+    store_column_parts(column_parts_ptr, j, stored, channel, total, WIDTH)
 
 
 @triton.jit(**PER_TILE)
@@ -103,20 +106,24 @@ def messages_backward_kernel(
 def messages(before: Tensor, n: int, tile: Rectangle, out: Tensor, stash: Tensor | None) -> None:
     """Add the messages gelu(before) of a tile (R S, D) to their receivers in ``out`` (N, D).
 
-    stash: (P, D), receives before, or None. Memory: D numbers for each row and run of columns.
+    stash: (P, D), receives before, or None. Memory: D numbers for each row and run of columns, and for each column and
+    chunk of rows.
     """
     r0, r1, c0, c1 = tile
     rows, columns, width = r1 - r0, c1 - c0, out.shape[-1]
     schedule = messages_schedule(width)
-    runs = blocks(columns, schedule.block_j)
+    runs, channel_runs = blocks(columns, schedule.block_j), blocks(width, schedule.block_d)
+    chunk, chunks = row_chunks(rows, runs * channel_runs)
     parts = out.new_empty((1, rows, runs, width))
+    column_parts = out.new_empty((1, columns, chunks, width))
     launch(
-        messages_kernel, (runs, blocks(width, schedule.block_d)),
-        before, stash, out, parts, n, r0, c0, rows, columns, max(r1 - c0, 0),
+        messages_kernel, (runs, channel_runs, chunks),
+        before, stash, parts, column_parts, n, r0, c0, rows, columns, max(r1 - c0, 0), chunk,
         schedule=schedule, EXACT=is_exact(before.dtype), TYPE=TRITON_TYPES[out.dtype],
         WIDTH=width, BLOCK_J=schedule.block_j, BLOCK_D=schedule.block_d,
     )  # fmt: skip
     add_parts(parts, [out[r0:r1]])
+    add_parts(column_parts, [out[c0:c1]])
 
 
 def messages_backward(

@@ -26,7 +26,10 @@ from gcng.kernels.pair_tiles import (
     load_node,
     load_rows,
     own_columns,
+    own_rows,
     packed_place,
+    row_chunks,
+    store_column_parts,
     store_part,
     wide_dtype,
 )
@@ -92,15 +95,14 @@ def store_tile_kernel(
 def add_product_kernel(
     nodes_ptr,  # (N, D)
     grad_ptr,  # (R S, D) of the products
-    out_ptr,  # (N, D) running sum
     parts_ptr,  # (R, runs, D) sums of the rows
-    r0, c0, rows, columns,
+    column_parts_ptr,  # (S, chunks, D) sums of the columns
+    r0, c0, rows, columns, chunk,
     TYPE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """du_c = sum_r de u_r, and the parts of du_r = sum_c de u_c: the backward of (2).
+    """The parts of du_c = sum_r de u_r and of du_r = sum_c de u_c: the backward of (2).
 
-    A program owns BLOCK_J columns and BLOCK_D channels, walks down the rows, and leaves a part for each row. Bytes
-    for each pair: reads de.
+    A program owns BLOCK_J columns and BLOCK_D channels and walks down a chunk of rows. Bytes for each pair: reads de.
     """
     run = tl.program_id(0).to(tl.int64)
     j = run * BLOCK_J + tl.arange(0, BLOCK_J)
@@ -108,13 +110,12 @@ def add_product_kernel(
     channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     own = load_rows(nodes_ptr, column, channel, stored, WIDTH, TYPE)
     total = tl.zeros((BLOCK_J, BLOCK_D), TYPE)
-    for i in range(rows):
+    start, end = own_rows(rows, chunk)
+    for i in range(start, end):
         grad = load_rows(grad_ptr, tl.cast(i, tl.int64) * columns + j, channel, stored, WIDTH, TYPE)
         total += grad * load_node(nodes_ptr, r0 + i, channel, WIDTH, TYPE)[None, :]
         store_part(parts_ptr, grad * own, channel, WIDTH, tl.cast(i, tl.int64) * tl.num_programs(0) + run)
-    target = out_ptr + column[:, None] * WIDTH + channel[None, :]
-    inside = stored[:, None] & (channel < WIDTH)[None, :]
-    tl.store(target, tl.load(target, mask=inside, other=0.0) + total, mask=inside)
+    store_column_parts(column_parts_ptr, j, stored, channel, total, WIDTH)
 
 
 def tile_edges(source: Tensor, kind: str, n: int, tile: Rectangle, out: Tensor, symmetric: bool = True) -> None:
@@ -151,15 +152,18 @@ def add_product(nodes: Tensor, tile: Rectangle, grad: Tensor, out: Tensor) -> No
     r0, r1, c0, c1 = tile
     rows, columns, width = r1 - r0, c1 - c0, out.shape[-1]
     schedule = storage_schedule(width)
-    runs = blocks(columns, schedule.block_j)
+    runs, channel_runs = blocks(columns, schedule.block_j), blocks(width, schedule.block_d)
+    chunk, chunks = row_chunks(rows, runs * channel_runs)
     parts = out.new_empty((1, rows, runs, width))
+    column_parts = out.new_empty((1, columns, chunks, width))
     launch(
-        add_product_kernel, (runs, blocks(width, schedule.block_d)),
-        nodes, grad, out, parts, r0, c0, rows, columns,
+        add_product_kernel, (runs, channel_runs, chunks),
+        nodes, grad, parts, column_parts, r0, c0, rows, columns, chunk,
         schedule=schedule, TYPE=TRITON_TYPES[out.dtype],
         WIDTH=width, BLOCK_J=schedule.block_j, BLOCK_D=schedule.block_d,
     )  # fmt: skip
     add_parts(parts, [out[r0:r1]])
+    add_parts(column_parts, [out[c0:c1]])
 
 
 def compilation_cases() -> Iterator[CompilationCase]:

@@ -22,8 +22,12 @@ Rectangle = tuple[int, int, int, int]  # r0, r1, c0, c1
 TRITON_TYPES = {torch.float64: tl.float64, torch.float32: tl.float32}
 STORED_TYPES = {**TRITON_TYPES, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 EPS = tl.constexpr(1e-5)  # of every layer norm
+PARTS_CHUNK = 64  # parts that one program adds up where two steps do it
+MANY_PROGRAMS = 1024  # of four warps: eight for each multiprocessor of the largest GPUs
+LEAST_ROWS = 8  # of a chunk: a column's part for fewer would cost as much as the rows that it is the sum of
+FEW_PROGRAMS = 512  # below this many, a GPU has idle multiprocessors or too few loads on their way
 PER_TILE = unspecialized(
-    ("n", "r0", "c0", "rows", "columns", "mirror", "pairs", "layer", "seed", "parts", "groups"),
+    ("n", "r0", "c0", "rows", "columns", "mirror", "pairs", "layer", "seed", "parts", "groups", "chunk"),
     ("identity_ptr", "weights_ptr", "weight_row_ptr", "weight_column_ptr", "mean_ptr", "rstd_ptr", "mean_grad_ptr",
      "mean_product_ptr", "total_ptr", "second_ptr", "third_ptr", "fourth_ptr"),
 )  # fmt: skip
@@ -77,6 +81,34 @@ def own_columns(columns, BLOCK: tl.constexpr):
     runs = tl.cdiv(columns, BLOCK)
     program = tl.program_id(0)
     return (program // runs).to(tl.int64), (program % runs).to(tl.int64) * BLOCK
+
+
+def row_chunks(rows: int, programs: int) -> tuple[int, int]:
+    """Rows of a chunk, and chunks, for a pass that walks down the columns of a tile with so many programs side by side.
+
+    One chunk where these fill a GPU. Else the rows are cut, so that more programs load at a time. What each sums over
+    its rows is a part. By sizes alone, not timed.
+    """
+    chunks = max(1, min(blocks(rows, LEAST_ROWS), blocks(MANY_PROGRAMS, max(programs, 1))))
+    chunk = blocks(rows, chunks)
+    return chunk, blocks(rows, chunk) if chunk else 1
+
+
+@triton.jit
+def own_rows(rows, chunk):
+    """First row of the tile, and the row behind the last one, that a program walks along: chunk of its third index."""
+    first = tl.program_id(2) * chunk
+    return first, tl.minimum(first + chunk, rows)
+
+
+@triton.jit
+def store_column_parts(parts_ptr, j, stored, channel, total, WIDTH: tl.constexpr):
+    """Write the sums of a program's columns over its chunk of rows, (J, channels), to parts (S, chunks, WIDTH).
+
+    j: place in the tile, int64 (J,). stored: bool (J,), inside the tile.
+    """
+    place = (j * tl.num_programs(2) + tl.program_id(2))[:, None] * WIDTH + channel[None, :]
+    tl.store(parts_ptr + place, total, mask=stored[:, None] & (channel < WIDTH)[None, :])
 
 
 @triton.jit
@@ -141,6 +173,44 @@ def store_part(ptr, block, channel, WIDTH: tl.constexpr, offset):
 
 
 @triton.jit
+def _sum_of_parts(
+    parts_ptr, first, begin, end, channel, WIDTH: tl.constexpr, BLOCK_P: tl.constexpr, TYPE: tl.constexpr
+):
+    """Sum (channels,) of the rows ``first + begin`` to ``first + end`` of (.., WIDTH), in their order."""
+    summed = tl.zeros((BLOCK_P, channel.shape[0]), TYPE)
+    for start in range(begin, end, BLOCK_P):
+        part = start + tl.arange(0, BLOCK_P)
+        summed += load_rows(parts_ptr, first + part, channel, part < end, WIDTH, TYPE)
+    return tl.sum(summed, 0)
+
+
+@triton.jit(**PER_TILE)
+def sum_parts_kernel(
+    parts_ptr,  # (T, G, P, W)
+    out_ptr,  # (T, G, chunks, W)
+    groups, parts,
+    WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """out[t, g, c] = the sum of the CHUNK parts from c CHUNK on: what many parts are made few by.
+
+    A program owns one chunk of one group and BLOCK_D channels of one total.
+    """
+    runs: tl.constexpr = (WIDTH + BLOCK_D - 1) // BLOCK_D
+    chunks = tl.cdiv(parts, CHUNK)
+    program, target = tl.program_id(0), tl.program_id(1)
+    place, run = program // runs, program % runs
+    group, chunk = place // chunks, place % chunks
+    channel = run * BLOCK_D + tl.arange(0, BLOCK_D)
+    owner = tl.cast(target, tl.int64) * groups + group
+    begin = chunk * CHUNK
+    summed = _sum_of_parts(
+        parts_ptr, owner * parts, begin, tl.minimum(begin + CHUNK, parts), channel, WIDTH, BLOCK_P,
+        out_ptr.dtype.element_ty,
+    )  # fmt: skip
+    tl.store(out_ptr + (owner * chunks + chunk) * WIDTH + channel, summed, mask=channel < WIDTH)
+
+
+@triton.jit
 def _add_to(total_ptr, place, summed, mask):
     if total_ptr is not None:
         tl.store(total_ptr + place, tl.load(total_ptr + place, mask=mask, other=0.0) + summed, mask=mask)
@@ -161,17 +231,22 @@ def add_parts_kernel(
     program, target = tl.program_id(0), tl.program_id(1)
     group = (program // runs).to(tl.int64)
     channel = (program % runs) * BLOCK_D + tl.arange(0, BLOCK_D)
-    TYPE: tl.constexpr = total_ptr.dtype.element_ty
     first = (tl.cast(target, tl.int64) * groups + group) * parts
-    summed = tl.zeros((BLOCK_P, BLOCK_D), TYPE)
-    for start in range(0, parts, BLOCK_P):
-        part = start + tl.arange(0, BLOCK_P)
-        summed += load_rows(parts_ptr, first + part, channel, part < parts, WIDTH, TYPE)
-    value, place = tl.sum(summed, 0), group * WIDTH + channel
+    value = _sum_of_parts(parts_ptr, first, 0, parts, channel, WIDTH, BLOCK_P, total_ptr.dtype.element_ty)
+    place = group * WIDTH + channel
     _add_to(total_ptr, place, value, channel < tl.where(target == 0, WIDTH, 0))
     _add_to(second_ptr, place, value, channel < tl.where(target == 1, WIDTH, 0))
     _add_to(third_ptr, place, value, channel < tl.where(target == 2, WIDTH, 0))
     _add_to(fourth_ptr, place, value, channel < tl.where(target == 3, WIDTH, 0))
+
+
+def adds_twice(number: int, programs: int) -> bool:
+    """Whether parts are added up in chunks first.
+
+    A program reads the parts of its total one block after the other, and waits for memory at each. Where they are many
+    and totals few, as in the sums over all pairs of a tile, most of a GPU would look on. Not timed: by sizes alone.
+    """
+    return number > 2 * PARTS_CHUNK and programs < FEW_PROGRAMS
 
 
 def add_parts(parts: Tensor, totals: Sequence[Tensor]) -> None:
@@ -181,8 +256,17 @@ def add_parts(parts: Tensor, totals: Sequence[Tensor]) -> None:
     """
     count, groups, number, width = parts.shape
     schedule = PairSchedule(4, 2, 16, min(64, triton.next_power_of_2(width)))
+    runs = blocks(width, schedule.block_d)
+    if adds_twice(number, groups * runs * count):
+        chunks = blocks(number, PARTS_CHUNK)
+        sums = totals[0].new_empty((count, groups, chunks, width))
+        launch(
+            sum_parts_kernel, (groups * chunks * runs, count), parts, sums, groups, number,
+            schedule=schedule, WIDTH=width, CHUNK=PARTS_CHUNK, BLOCK_P=schedule.block_j, BLOCK_D=schedule.block_d,
+        )  # fmt: skip
+        parts, number = sums, chunks
     pointers = [*totals, None, None, None][:4]
     launch(
-        add_parts_kernel, (groups * blocks(width, schedule.block_d), count), parts, *pointers, groups, number,
+        add_parts_kernel, (groups * runs, count), parts, *pointers, groups, number,
         schedule=schedule, WIDTH=width, BLOCK_P=schedule.block_j, BLOCK_D=schedule.block_d,
     )  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton", exc_type=ImportError)
 
 import gcng
-from gcng.kernels import edge_products, edge_wide_rows, product_tiles
+from gcng.kernels import edge_products, edge_wide_rows, pair_tiles, product_tiles
 from gcng.kernels.product_tiles import EdgeProducts, ProductSchedule
 from gcng.memory import MemoryPlan
 from gcng.ops.dispatch import forced_kernels
@@ -19,6 +19,7 @@ from gcng.ops.pair_kernels import PRODUCT, Edges, TorchPairKernels
 from gcng.ops.synthesis_tiles import TorchSynthesisKernels
 from gcng.ops.tiles import Tile, pair_count
 from gcng.ops.triton_pair_kernels import TritonPairKernels
+from tests.closeness import assert_close_to_truth
 from tests.pair_passes import PASSES, Draws, Setting
 from tests.pair_products import CASES, layer_of
 from tests.test_losses import assert_same
@@ -40,6 +41,7 @@ import torch
 from gcng.ops.tiles import Tile
 from gcng.ops.triton_pair_kernels import TritonPairKernels
 from gcng.kernels.product_tiles import EdgeProducts, ProductSchedule
+from tests.closeness import assert_close_to_truth
 from tests.pair_passes import PASSES, Draws, Setting
 from tests.pair_products import CASES
 from tests.triton_interpreter import guard_allocations, guarded
@@ -85,6 +87,26 @@ pair_tiles.add_parts(torch.zeros(1, 1, 1, width), [sums.ln_bias])
 def test_running_sums_end_at_a_page_that_no_store_survives() -> None:
     check_isolated(PLANTED.replace("PLANT:", "False:"))
     assert run_isolated(PLANTED.replace("PLANT:", "True:")).returncode < 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("number", "twice"), [(1, False), (128, False), (129, True), (1000, True)])
+def test_parts_are_added_up_in_one_step_or_two(number: int, twice: bool, dtype: torch.dtype) -> None:
+    parts = torch.randn(2, 3, number, 70, dtype=dtype)
+    before = torch.randn(2, 3, 70, dtype=dtype)
+    totals = [x.clone() for x in before]
+    assert pair_tiles.adds_twice(number, 2 * 3 * 2) == twice and not pair_tiles.adds_twice(number, 10_000)
+    pair_tiles.add_parts(parts, totals)
+    truth, baseline = before.double() + parts.double().sum(2), before + parts.sum(2)
+    for total, x, y in zip(totals, truth, baseline, strict=True):
+        assert_close_to_truth("sum of parts", total, x, y, dtype=dtype)
+
+
+def test_float32_parts_are_added_up_in_float64_where_the_totals_are() -> None:
+    parts = torch.rand(1, 1, 300, 5) + 1e6
+    total = torch.zeros(1, 5, dtype=torch.float64)
+    pair_tiles.add_parts(parts, [total])
+    assert torch.equal(total, parts.double().sum(2)[0])
 
 
 def reserved(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:

@@ -64,10 +64,25 @@ def test_blocks_of_parts_and_of_wide_rows_fit(width: int) -> None:
     schedule = started.schedule
     assert_fits(schedule.block_j, schedule.block_d, schedule.num_warps, width, 64)
     assert started.grid[0] * schedule.block_d >= 3 * width and started.grid[1] == 2
+    with recorded_launches(90) as recording:
+        pair_tiles.add_parts(torch.empty(2, 1, 2048, width, device="meta"), [total[:1], total[1:2]])
+    kernels = [one.kernel.fn.__name__ for one in recording.launches]
+    # Sums over all pairs of a large tile, of which there are few: in two steps, the first by many programs.
+    assert kernels == ["sum_parts_kernel"] * (width < 16_384) + ["add_parts_kernel"]
+    assert recording.launches[0].grid[0] >= 32 * (width < 16_384)
     if width <= 1024:  # the widest rows that have a product with partial statistics
         schedule = edge_wide_rows.normalize_schedule(width)
         assert_fits(schedule.block_j, schedule.block_d, schedule.num_warps, width, 1024)
         assert schedule.block_d >= width
+
+
+@pytest.mark.parametrize("programs", (1, 24, 256, 1023, 1024, 10_000))
+@pytest.mark.parametrize("rows", (0, 1, 7, 8, 9, 64, 80, 1000))
+def test_chunks_of_rows_cover_a_tile_once(rows: int, programs: int) -> None:
+    chunk, chunks = pair_tiles.row_chunks(rows, programs)
+    assert chunks >= 1 and chunk * chunks >= rows > chunk * (chunks - 1) - (rows == 0)
+    assert chunks == 1 if programs >= pair_tiles.MANY_PROGRAMS or rows <= pair_tiles.LEAST_ROWS else chunks > 1
+    assert (chunks - 1) * programs < pair_tiles.MANY_PROGRAMS
 
 
 @pytest.mark.parametrize("width", WIDTHS)
