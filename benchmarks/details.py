@@ -175,7 +175,8 @@ def roof(results: dict, one: dict) -> tuple[float, float] | None:
     by_width = results["rates"]["gemm"].get(one["precision"], {})
     if not by_width:
         return None
-    width = min(by_width, key=lambda key: abs(int(key) - one["setting"]["embedding_size"]))
+    widths = [key for key in by_width if key.isdigit()]  # beside them lies the largest product of a GPU
+    width = min(widths, key=lambda key: abs(int(key) - one["setting"]["embedding_size"]))
     return by_width[width]["flops"], results["rates"]["copy"]["bytes"]
 
 
@@ -214,7 +215,8 @@ def accuracy(results: dict) -> str:
 def overhead(results: dict) -> str:
     """Time of a call by way of calling."""
     lines = []
-    for row in results["overhead"]:
+    names = list(dict.fromkeys(row["operation"] for row in results["overhead"]))
+    for row in sorted(results["overhead"], key=lambda row: names.index(row["operation"])):
         if "reason" in row:
             time = f"no: {row['reason']}"
         else:

@@ -142,7 +142,8 @@ class Run:
             return
         say(module.removeprefix("benchmarks."))
         command = [sys.executable, "-m", module, "--results", str(self.path), "--device", self.options.device]
-        command += ["--threads", str(self.options.threads), *(["--smoke"] if self.options.smoke else [])]
+        command += ["--threads", str(self.options.threads), "--deadline", str(self.deadline)]
+        command += ["--smoke"] if self.options.smoke else []
         done = ended_together(command)
         if done.returncode:
             self.failures.append(f"{' '.join(command[1:])}:\n{(done.stdout + done.stderr)[-4000:]}")
@@ -155,13 +156,24 @@ def ended_together(command: list[str]) -> subprocess.CompletedProcess:
     handler stays for as long as the process only: what is forked later would inherit it, and a fork that waits inside
     C, as a worker of a pool does, never comes to run it, so that nothing short of SIGKILL ends it.
     """
-    if threading.current_thread() is not threading.main_thread():  # where no handler can be set
-        return subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True, check=False)
-    before = signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    on_main_thread = threading.current_thread() is threading.main_thread()  # where a handler can be set
+    if on_main_thread:
+        before = signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     try:
-        return subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True, check=False)
+        with tempfile.TemporaryFile("w+", errors="replace") as said:
+            try:
+                done = subprocess.run(
+                    command, cwd=machine.ROOT, stdout=said, stderr=subprocess.STDOUT, text=True, check=False
+                )
+            except SystemExit:
+                said.seek(0)
+                print(f"ended; it had said:\n{said.read()[-4000:]}", file=sys.stderr, flush=True)
+                raise
+            said.seek(0)
+            return subprocess.CompletedProcess(command, done.returncode, said.read(), "")
     finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: set by something other than Python
+        if on_main_thread:
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: set by something other than Python
 
 
 def check_source(options: argparse.Namespace) -> None:

@@ -41,7 +41,9 @@ class Results:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data.get("format") != FORMAT:
             raise ValueError(f"{path} has format {data.get('format')}, expected {FORMAT}; measure into another file")
-        kind = [key for key in ("cpu", "cores", "gpu") if data["machine"].get(key) != described.get(key)]
+        # GPUs of one name are lent by hosts that differ.
+        decisive = ("gpu",) if "gpu" in described or "gpu" in data["machine"] else ("cpu", "cores")
+        kind = [key for key in decisive if data["machine"].get(key) != described.get(key)]
         if kind:
             raise ValueError(
                 f"{path} was measured on another machine ({', '.join(kind)} differ); write to another file with --json"
@@ -147,6 +149,7 @@ def open_results(arguments: list[str] | None, about: str, part: str) -> tuple[ar
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: does it run?")
+    parser.add_argument("--deadline", type=float, default=float("inf"), help="time after which nothing new starts")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     results = Results.open(options.results, options.device)

@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import compiled_iteration, overhead
 from benchmarks.iteration import make_batch, make_provider, run_iteration
+from benchmarks.results import Results
 from benchmarks.settings import Setting
 
 CPU, TINY = torch.device("cpu"), Setting(1, 8, 8)
@@ -75,6 +76,35 @@ def test_a_row_for_every_way_and_a_reason_where_one_fails(monkeypatch):
         compiled = row["way"].startswith("torch.compile")
         assert row.get("reason") == ("NotImplementedError: no compiler" if compiled else None), row
         assert compiled or row["count"] == 2 and 0 < row["min"] <= row["median"] <= row["max"]
+
+
+def test_what_comes_too_late_is_a_row_that_says_so(monkeypatch):
+    monkeypatch.setattr(overhead, "_timed", lambda *_: pytest.fail("timed after the deadline"))
+    rows = overhead.measure_ops(CPU, TINY, 1, 1, wanted=lambda op, way: op == "knn", deadline=0.0)
+    assert rows and {row["reason"] for row in rows} == {"no time left"}
+    assert overhead.compiled_row(CPU, TINY, late=True)["reason"] == "no time left"
+
+
+def test_all_ops_are_called_as_they_are_before_any_is_captured_or_compiled(tmp_path, monkeypatch):
+    asked = []
+
+    def measured(device, *sizes, wanted, deadline):
+        found = [(name, way) for name, case in CASES.items() for way in overhead.ways(case, torch.device("cuda"))]
+        asked.append([way for name, way in found if wanted(name, way)])
+        return [{"operation": name, "setting": "x", "way": way} for name, way in found if wanted(name, way)]
+
+    monkeypatch.setattr(overhead, "measure_ops", measured)
+    monkeypatch.setattr(overhead, "measure_iteration", lambda device, limit: asked.append("iteration") or [])
+    monkeypatch.setattr(overhead, "compiled_row", lambda device, late: {"operation": "iteration", "late": late})
+    path = tmp_path / "r.json"
+    assert overhead.main(["--results", str(path), "--deadline", "0"]) == 0
+    plain, iteration, graphs, compiled = asked
+    assert iteration == "iteration" and {way.partition(",")[0] for way in graphs} == {"CUDA graph"}
+    assert {way.partition(",")[0] for way in compiled} == {"torch.compile"}
+    everything = [way for case in CASES.values() for way in overhead.ways(case, torch.device("cuda"))]
+    assert sorted(plain + graphs + compiled) == sorted(everything)
+    results = Results.open(path)
+    assert len(results.data["overhead"]) == len(everything) + 1 and results.is_finished("overhead")
 
 
 def test_long_calls_are_timed_less_often(monkeypatch):

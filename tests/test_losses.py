@@ -487,9 +487,9 @@ def test_a_layout_is_worked_out_once_for_a_device() -> None:
     criterion, layout = gcng.losses.GCAHNGLoss(16, 4, dropout=0.0), gcng.BatchLayout(y)
     mix = torch.rand(2, 1)
     first = criterion.metric_terms(z, y, mix=mix, layout=layout).total
-    (known,) = layout.on_device.values()
+    (known,) = [shared.tensors() for shared in layout.on_device.values()]
     again = criterion.metric_terms(z, y, mix=mix, layout=layout).total
-    assert layout.on_device[z.device] is known
+    assert layout.on_device[z.device].tensors() is known
     assert torch.equal(first, again) and torch.equal(first, criterion.metric_terms(z, y, mix=mix).total)
 
 

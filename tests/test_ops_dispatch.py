@@ -77,6 +77,28 @@ def forget() -> None:
     triton_path.triton_cause.cache_clear()
 
 
+class Driver:
+    """Triton's, on a machine that has what it takes to start kernels, or raises what Triton would."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+
+    @property
+    def utils(self) -> object:
+        if self.error:
+            raise self.error
+        return object()
+
+
+def starting(monkeypatch: pytest.MonkeyPatch, error: Exception | None = None) -> None:
+    """Triton starts kernels, or fails with an error."""
+    if importlib.util.find_spec("triton") is not None:
+        from triton.runtime import driver
+
+        monkeypatch.setattr(driver, "_active", Driver(error))
+    triton_path._start_cause.cache_clear()
+
+
 @pytest.fixture
 def machine(tmp_path, monkeypatch, whole_library):
     native.cpu_status()  # keeps what this checkout has
@@ -87,10 +109,12 @@ def machine(tmp_path, monkeypatch, whole_library):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(there.capabilities))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"device {index}")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
+    starting(monkeypatch)
     forget()
     yield there
     monkeypatch.undo()
     forget()
+    triton_path._start_cause.cache_clear()
 
 
 @pytest.fixture
@@ -193,6 +217,17 @@ def test_a_device_without_code_is_one_warning(machine, capsys):
     assert CUDA._takes(machine.tensor(1)) and not CUDA._takes(machine.tensor(0))
     assert [extension(torch.device("cuda", index)) for index in (0, 1)] == ["triton", "triton, gcng_cuda"]
     check_reports(machine, capsys)
+
+
+@needs_triton
+def test_a_machine_where_triton_cannot_start_kernels_takes_the_torch_path(machine, monkeypatch, capsys):
+    starting(monkeypatch, RuntimeError("Failed to find C compiler. Please specify via CC\nor else"))
+    with pytest.warns(RuntimeWarning) as caught:
+        found = [machine.synthesis(), machine.synthesis()]
+    assert found == [TORCH, TORCH] and len(caught) == 1
+    words = "takes a C compiler and Python's headers (RuntimeError: Failed to find C compiler. Please specify via CC)"
+    assert words in str(caught[0].message) and "slower torch path" in str(caught[0].message)
+    assert words in gcng.explain()
 
 
 def test_a_device_without_code_is_torch_without_triton(machine, no_triton, capsys):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
+import gcng
 from gcng.ops import transfers
+from gcng.ops.layout import class_major_beside
 from gcng.ops.transfers import KEPT, kept_on_device, sent
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -31,6 +35,15 @@ class Recorded(torch.Tensor):
         self.__dict__.setdefault("streams", []).append(stream)
 
 
+class entered(contextlib.nullcontext):
+    """Stands for torch.cuda.device: which one was current last."""
+
+    last = None
+
+    def __enter__(self):
+        entered.last = self.enter_result
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     """The functions of torch.cuda that are asked, without a GPU."""
@@ -41,6 +54,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: Switch.capturing)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Switch.stream)
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", entered)
     return Switch
 
 
@@ -71,6 +85,7 @@ def test_a_copy_to_a_gpu_is_pinned_and_not_waited_for(gpu, copies):
     x = torch.arange(5)
     assert sent(x, GPU, torch.float64).dtype == torch.float64
     assert copies() == [(True, True)]
+    assert entered.last == GPU  # pinned under another device, memory would open a context there
 
 
 def test_between_other_devices_it_is_the_usual_copy(copies):
@@ -146,6 +161,18 @@ def test_another_stream_waits_for_the_one_that_made_it(gpu):
     gpu.capturing, gpu.stream = True, Stream()
     tensors((0,), GPU)  # an event from outside would end the capture; whoever captures has synchronized before
     assert gpu.stream.waited_for == []
+
+
+def test_a_layout_makes_another_stream_wait(gpu, copies):
+    labels = torch.tensor([3, 1, 3, 1])
+    batch, home = gcng.BatchLayout(labels), gpu.stream
+    first = class_major_beside("test", labels, batch, GPU)
+    assert class_major_beside("test", labels, batch, GPU) is first and home.waited_for == []
+    gpu.stream = Stream()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "record_stream", lambda x, stream: None)
+        assert class_major_beside("test", labels, batch, GPU) is first
+    assert [event.stream for event in gpu.stream.waited_for] == [home]
 
 
 def test_nothing_of_torch_cuda_is_asked_for_the_cpu(monkeypatch):

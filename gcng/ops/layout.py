@@ -14,7 +14,7 @@ from torch import Tensor
 from gcng.batch_layout import BatchLayout
 from gcng.ops import native
 from gcng.ops.registration import define_op
-from gcng.ops.transfers import fetched, sent
+from gcng.ops.transfers import Shared, fetched, sent
 from gcng.reference.dropout import node_identity
 
 
@@ -88,17 +88,17 @@ def class_major_beside(op: str, labels: Tensor, layout: BatchLayout | None, devi
 
     So no op has to wait for a GPU, but for labels that lie there, once. What a ``layout`` has been asked for on a
     device it keeps, so that a CUDA graph captures no copy from the host; the layout has to be kept for as long as the
-    graph is replayed.
+    graph is replayed. Another stream waits for the one that asked first.
     """
     known = None if layout is None else layout.on_device.get(device)
     host = host_labels(op, labels, layout)
     if known is not None:
-        return known
+        return known.tensors()
     if layout is None:
         return _moved(class_major(host), device)
     with torch.inference_mode(False):  # an evaluation may be the first to ask, and a training would save these
         moved = _moved(class_major(host), device)
-    layout.on_device[device] = moved
+    layout.on_device[device] = Shared(moved, device)
     return moved
 
 

@@ -6,7 +6,7 @@ import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,7 +38,10 @@ def sent(x: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> T
             "gcng: a CUDA graph captures no copy from the host; before the capture, run the step once with these "
             "classes, and pass labels and mix on the GPU and a gcng.BatchLayout beside them"
         )
-    return (x if pinned else x.pin_memory()).to(device, non_blocking=True)
+    if pinned:
+        return x.to(device, non_blocking=True)
+    with torch.cuda.device(device):  # pinned under another one, memory would open a context there
+        return x.pin_memory().to(device, non_blocking=True)
 
 
 def fetched(x: Tensor) -> Tensor:
@@ -54,8 +57,8 @@ def kept_on_device(make: Callable[[tuple[int, ...], torch.device], T]) -> Callab
     waits for them.
     """
     lock = threading.Lock()  # autograd runs a backward on a GPU in a thread of its own
-    kept: OrderedDict[Any, tuple[T, Any]] = OrderedDict()
-    captured: dict[Any, tuple[T, Any]] = {}
+    kept: OrderedDict[Any, Shared[T]] = OrderedDict()
+    captured: dict[Any, Shared[T]] = {}
 
     @functools.wraps(make)
     def find(key: tuple[int, ...], device: torch.device) -> T:
@@ -64,35 +67,38 @@ def kept_on_device(make: Callable[[tuple[int, ...], torch.device], T]) -> Callab
             entry = captured.get(place) or kept.get(place)
             if entry is None:
                 with torch.inference_mode(False):  # a training may find what an evaluation has made
-                    made = make(key, device)
-                entry = kept[place] = made, _Made(device) if device.type == "cuda" else None
+                    entry = kept[place] = Shared(make(key, device), device)
             elif place in kept:
                 kept.move_to_end(place)
             if capturing(device):
                 captured[place] = entry
-            elif entry[1] is not None:
-                entry[1].wait(entry[0])
             while len(kept) > KEPT:
                 kept.popitem(last=False)
-        return entry[0]
+            return entry.tensors()
 
     return find
 
 
-class _Made:
-    """When and where tensors were made on a GPU."""
+class Shared(Generic[T]):
+    """A tuple with tensors just put on a device, for whatever stream asks for it."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.stream = device, torch.cuda.current_stream(device)
-        self.event = torch.cuda.Event()
-        self.event.record(self.stream)
+    def __init__(self, made: T, device: torch.device) -> None:
+        self._made, self._device, self._stream = made, device, None
+        if device.type == "cuda":
+            self._stream, self._event = torch.cuda.current_stream(device), torch.cuda.Event()
+            self._event.record(self._stream)
 
-    def wait(self, tensors: Any) -> None:
-        """Let the current stream read the tensors: behind what made them, and before their memory is used again."""
-        stream = torch.cuda.current_stream(self.device)
-        if stream == self.stream:
-            return
-        stream.wait_event(self.event)
-        for x in tensors:
-            if isinstance(x, Tensor):
-                x.record_stream(stream)
+    def tensors(self) -> T:
+        """The tuple; the current stream waits for what made it, and its memory is not used again before that stream.
+
+        Not while a CUDA graph is captured, which an event from outside would end: whoever captures has synchronized.
+        """
+        if self._stream is None or capturing(self._device):
+            return self._made
+        stream = torch.cuda.current_stream(self._device)
+        if stream != self._stream:
+            stream.wait_event(self._event)
+            for x in self._made:
+                if isinstance(x, Tensor):
+                    x.record_stream(stream)
+        return self._made

@@ -63,7 +63,7 @@ def runs_on(index: int, *, quiet: bool = False) -> bool:
 
 def device_cause(index: int) -> str:
     """Why the Triton kernels do not run on a CUDA device, in one line; empty if they do."""
-    return triton_cause() or _capability_cause(index)
+    return triton_cause() or _capability_cause(index) or _start_cause()
 
 
 @functools.cache
@@ -88,6 +88,24 @@ def _capability_cause(index: int) -> str:
     if found >= OLDEST_ARCHITECTURE:
         return ""
     return f"device {index} has compute capability {found[0]}.{found[1]}; 8.0 or later is needed"
+
+
+@functools.cache
+def _start_cause() -> str:
+    """Why Triton cannot start a kernel here, in one line; empty if it can.
+
+    Triton compiles what starts its kernels with the C compiler of the machine, and looks for the driver's library.
+    Images made for deployment may have neither compiler nor headers.
+    """
+    try:
+        from triton.runtime import driver
+
+        getattr(driver.active, "utils")  # noqa: B009 (not for its value: it is compiled when it is first asked for)
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        words = f"{type(error).__name__}: {lines[0][:160] if lines else ''}"
+        return f"triton cannot start kernels on this machine, which takes a C compiler and Python's headers ({words})"
+    return ""
 
 
 @functools.cache
