@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, field
 
 MIB = 2**20
-DEFAULT_CPU_BUDGET = 512 * MIB
+DEFAULT_CPU_BUDGET = 640 * MIB
 ITEM_SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 _UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
@@ -72,7 +72,7 @@ class MemoryEstimate:
 
 
 def default_budget(available: int) -> int:
-    """The budget of the CPU path when none is given: 512 MiB, or a quarter of what is available if that is less."""
+    """The budget of the CPU path when none is given: 640 MiB, or a quarter of what is available if that is less."""
     return max(min(DEFAULT_CPU_BUDGET, available // 4), 1)
 
 
@@ -118,10 +118,19 @@ def _rlimits() -> list[int]:
 
 # Vectors of 4 D and of D numbers that one pair of a tile takes at most, in the backward of an edge layer.
 _TILE_HIDDEN_ROWS, _TILE_ROWS = 4, 16
-# Bytes of one (pairs, 4 D) tensor: on the CPU large against call overhead but not out of cache. On a GPU 65,536 pairs
-# at D = 512 in 16 bits: enough for many waves of blocks in every product, and by count, not timed, about 2.4 TFLOP for
-# the 270 launches of a tile in an iteration, so that starting them should take less time than they run.
-_TILE_BYTES = {"cpu": 16 * MIB, "cuda": 256 * MIB}
+# Bytes of one (pairs, 4 D) tensor at most: on the CPU large against call overhead but not out of cache; on a GPU
+# 262,144 pairs at D = 512 in 16 bits, beyond which fewer launches save little. And the shares of the budget, one over
+# these, that a tile's workspace may take.
+_TILE_BYTES = {"cpu": 16 * MIB, "cuda": 1024 * MIB}
+_TILE_SHARES = {"cpu": (10,), "cuda": (2, 4, 8, 16)}
+# What is kept, in the order of matrix products saved, and the products that its absence costs: units of D^2 for a pair
+# and a layer. Hidden 16, edges 36, the small ones 8.
+_CHOICES = {(True, True, True): 0, (True, True, False): 8, (True, False, True): 16, (True, False, False): 24,
+            (False, False, False): 60}  # fmt: skip
+# What a tile costs on a GPU whatever its size, in operations of products: an iteration starts about 270 kernels for it,
+# at some 20 us of the host each, while the card could do 16-bit products at some 400 TFLOP/s, or 50 in float32. By
+# count: none of it was timed on a GPU.
+_TILE_COST = {2: 2.2e12, 4: 2.7e11}
 
 
 @dataclass(frozen=True)
@@ -160,7 +169,7 @@ def _terms(n: int, d: int, layers: int, samples_per_class: int, item: ItemSizes,
     return terms
 
 
-def tile_pairs(n: int, d: int, item: ItemSizes, room: int, device: str) -> int:
+def _tile_pairs(n: int, d: int, item: ItemSizes, room: int, device: str) -> int:
     """Pairs of a tile: by the size of its hidden tensor, and with a workspace of ``room`` bytes at most."""
     wanted = _TILE_BYTES.get(device, _TILE_BYTES["cpu"]) // (4 * d * item.operand)
     fits = room // _tile_bytes_per_pair(d, item)
@@ -188,18 +197,20 @@ def plan_memory(
     n, d = num_samples, embedding_size
     item = ItemSizes.of(dtype, device)
     item = item if operand is None else ItemSizes(item.wide, ITEM_SIZES[operand])
-    # In the order of matrix products saved: hidden 16, edges 36, the small ones 8 units of D^2 for a pair and layer.
-    choices = ((True, True, True), (True, True, False), (True, False, True), (True, False, False), (False,) * 3)
-    attempts = [(choice, budget // 8) for choice in choices]
-    if device == "cuda":
-        # Where nothing is kept, there is no better use for half of the budget than fewer launches.
-        attempts.insert(-1, (choices[-1], budget // 2))
-    for choice, room in attempts:
-        plan = MemoryPlan(tile_pairs(n, d, item, room, device), *choice)
-        terms = _terms(n, d, num_layers, samples_per_class, item, plan)
-        peak = sum(terms.values())
-        if peak <= budget:
-            return MemoryEstimate(peak, terms, plan, budget)
+    pairs, found = n * (n + 1) // 2, []
+    for choice, again in _CHOICES.items():
+        for share in _TILE_SHARES.get(device, _TILE_SHARES["cpu"]):
+            plan = MemoryPlan(_tile_pairs(n, d, item, budget // share, device), *choice)
+            terms = _terms(n, d, num_layers, samples_per_class, item, plan)
+            tiles = -(-pairs // plan.pairs_per_tile) if device == "cuda" else 0
+            cost = again * num_layers * pairs * d * d + tiles * _TILE_COST.get(item.operand, 0.0)
+            found.append((sum(terms.values()), cost, terms, plan))
+    # The first of equals is the one that keeps more, with the larger tile.
+    fitting = [one for one in found if one[0] <= budget]
+    if fitting:
+        peak, _, terms, plan = min(fitting, key=lambda one: one[1])
+        return MemoryEstimate(peak, terms, plan, budget)
+    peak, _, terms, _ = min(found, key=lambda one: one[0])
     listing = ", ".join(f"{name} {format_bytes(size)}" for name, size in terms.items())
     raise MemoryError(
         f"gcng: N = {n}, D = {d}, L = {num_layers} needs {format_bytes(peak)} ({listing}) but memory_budget is "

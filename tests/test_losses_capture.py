@@ -322,6 +322,8 @@ def test_the_default_budget_of_a_gpu_counts_the_cache_and_stays_while_a_graph_is
     assert graph._gpu_budget(device) == 40 and len(asked) == 2  # the driver is asked once a second
     state |= {"now": 52.0}
     assert graph._gpu_budget(device) == 25 and len(asked) == 3
+    state |= {"free": 24, "now": 53.0}
+    assert graph._gpu_budget(device) == 25 and len(asked) == 4  # 27 is close enough to keep the plan
     state |= {"capturing": True, "free": 2, "now": 99.0}
     assert graph._gpu_budget(device) == 25  # the plan of the warm-up, whose kernels are compiled
     assert graph._gpu_budget(torch.device("cuda", 3)) == (2 + 60 - 30) // 2

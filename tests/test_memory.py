@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import gcng
-from gcng.memory import default_budget, format_bytes, parse_bytes, plan_memory
+from gcng.memory import MemoryPlan, default_budget, format_bytes, parse_bytes, plan_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 2**20
@@ -114,7 +114,7 @@ def test_plans_keep_more_with_more_budget() -> None:
 
 
 def test_default_budget() -> None:
-    assert default_budget(64 * 2**30) == 512 * MIB
+    assert default_budget(64 * 2**30) == 640 * MIB
     assert default_budget(1024 * MIB) == 256 * MIB
 
 
@@ -151,7 +151,20 @@ def test_recomputing_on_a_gpu_takes_gigabytes(n: int, limit: float) -> None:
     assert estimate.peak_bytes <= limit
     assert not estimate.plan.stash_edges, "what 16-bit edges of all pairs take: 8.6 GB and 137 GB"
     # Each tile is some 270 launches: as few tiles as half of the budget allows.
-    assert 60_000 <= estimate.plan.pairs_per_tile <= 65_536
+    assert limit * 0.4 < estimate.terms["tile workspace"] <= limit / 2
+
+
+def test_a_gpu_prefers_few_large_tiles_and_keeps_what_is_worth_more_than_their_launches() -> None:
+    def plan(budget: str, **options: object) -> MemoryPlan:
+        sizes = {"dtype": "bfloat16", "device": "cuda", "memory_budget": budget} | options
+        return gcng.estimate_memory(1024, 512, **sizes).plan
+
+    everything = MemoryPlan(262_144, True, True, True)
+    assert plan("40GiB") == everything
+    # 35 tiles of 15,258 pairs with everything kept would start more kernels than the products saved are worth.
+    assert plan("6GB") == MemoryPlan(61_035, True, False, True)
+    # In float32 products take longer, launches do not: the hidden layers are kept rather than large tiles.
+    assert plan("24GB", dtype="float32").stash_hidden
 
 
 @pytest.mark.parametrize("device", ("cpu", "cuda"))

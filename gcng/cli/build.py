@@ -16,16 +16,17 @@ def run(arguments: argparse.Namespace) -> int:
     """Compile the kernels and say where they lie."""
     start, target = time.monotonic(), writable_folder()
     note(f"gcng build: compiling into {target}")
-    try:
-        made = build.build_cpu(target, timeout=arguments.timeout)
-        if arguments.cuda:
-            made += build.build_cuda(target, timeout=arguments.timeout)
-    except build.BuildError as error:
-        note(f"gcng build: {error}")
-        return EXIT_CONFIG
-    result = {"seconds": round(time.monotonic() - start, 1), "libraries": [str(path) for path in made]}
-    print_result(result, as_json=arguments.json)
-    return EXIT_DONE
+    made, failed = [], False
+    for make in (build.build_cpu, *([build.build_cuda] if arguments.cuda else [])):
+        try:
+            made += make(target, timeout=arguments.timeout)
+        except build.BuildError as error:  # each library is of use without the other
+            note(f"gcng build: {error}")
+            failed = True
+    if made:
+        result = {"seconds": round(time.monotonic() - start, 1), "libraries": [str(path) for path in made]}
+        print_result(result, as_json=arguments.json)
+    return EXIT_CONFIG if failed else EXIT_DONE
 
 
 def writable_folder() -> Path:

@@ -73,7 +73,7 @@ class CorrelationGraph(nn.Module):
         embedding_size: D, divisible by ``num_heads``. num_classes: C training classes of the node classifier.
         num_layers: L. num_heads: H. dropout: probability of (11) in training; counter-based, keyed by
             (seed, layer, unordered pair), so that it does not depend on tiles or on the order of the batch.
-        memory_budget: bytes or a size such as "2GiB" for everything that a call keeps; None is 512 MiB on the CPU
+        memory_budget: bytes or a size such as "2GiB" for everything that a call keeps; None is 640 MiB on the CPU
             (less if less than four times that is free) and half of what is free on a GPU.
 
     Shapes: embeddings (N, D) floating, labels (N,) integers in any order -> :class:`GraphOutput`.
@@ -218,13 +218,18 @@ _last_gpu_budget: dict[torch.device, tuple[int, float]] = {}  # and when it was 
 def _gpu_budget(device: torch.device) -> int:
     """Half of what is free on a GPU, with what torch has in its cache; asked for once a second at most.
 
-    While a CUDA graph is captured: what the call before had, so that the warm-up and the capture follow one plan.
+    An answer within a tenth of the last one changes nothing, so that gradients which come and go do not change a plan
+    between two phases. While a CUDA graph is captured: what the call before had, so that the warm-up and the capture
+    follow one plan, whose kernels are compiled.
     """
     last = _last_gpu_budget.get(device)
     now = time.monotonic()
     if last is None or (now - last[1] >= _SECONDS_BETWEEN_QUESTIONS and not capturing(device)):
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        last = _last_gpu_budget[device] = (torch.cuda.mem_get_info(device)[0] + cached) // 2, now
+        budget = (torch.cuda.mem_get_info(device)[0] + cached) // 2
+        if last is not None and abs(budget - last[0]) <= last[0] // 10:
+            budget = last[0]
+        last = _last_gpu_budget[device] = budget, now
     return last[0]
 
 
