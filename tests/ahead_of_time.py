@@ -23,10 +23,12 @@ import json
 import os
 import pkgutil
 import re
+import struct
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,8 @@ TYPES = {
     "int64": "i64", "int32": "i32", "int16": "i16", "int8": "i8", "uint8": "u8", "bool": "i1",
 }  # fmt: skip
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?(.*?);")
+# Of the notes in a cubin: a note with a size of its own, registers, the smallest stack of a thread.
+_SIZED, _REGISTERS, _STACK = 0x04, 0x2F, 0x12
 BRANCH = re.compile(r"^BRA\b.*?0x([0-9a-f]+)")
 
 
@@ -101,9 +105,9 @@ def _signature(launch: Any) -> tuple[dict[str, str], dict[tuple[int], Any], dict
     anywhere = {parameter.name for parameter in launch.kernel.params if parameter.do_not_specialize_on_alignment}
     for place, (name, value) in enumerate(launch.arguments.items()):
         kind, aligned = ("constexpr", False) if name in declared else _type_of(value)
-        if name in general and isinstance(value, int):
-            # Such a number is neither made a constant where it is 1 nor known to be a multiple of 16.
-            kind, aligned = _type_of(3 if value == 1 else value)[0], False
+        if name in general and name not in declared:
+            # Neither made a constant where it is 1 nor known to be a multiple of 16, as a number or as a pointer.
+            kind, aligned = _type_of(3 if isinstance(value, int) and value == 1 else value)[0], False
         signature[name] = kind
         if kind == "constexpr":
             constants[(place,)] = value
@@ -123,22 +127,43 @@ def program(launch: Any) -> tuple:
     return *identity(launch), repr(_signature(launch)[2])
 
 
-def _disassembled(cubin: bytes) -> tuple[list[tuple[int, str]], int]:
-    """Instructions (address, text) of a cubin, and its registers."""
+def declared_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread and bytes of its stack, by the notes in a cubin: the most of any function in it.
+
+    Read here because cuobjdump takes half a second for each kernel, and most of them have no stack, hence no spills.
+    """
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names_at = struct.unpack_from("<HHH", cubin, 0x3A)
+    sections = [struct.unpack_from("<II4Q", cubin, table + size * i) for i in range(count)]  # name, .., offset, size
+    names = sections[names_at][4]
+    most = {_REGISTERS: -1, _STACK: -1}
+    for name, _, _, _, start, length in sections:
+        if cubin[names + name : cubin.index(b"\0", names + name)] != b".nv.info":
+            continue
+        place = start
+        while place < start + length:
+            form, kind, extent = struct.unpack_from("<BBH", cubin, place)
+            sized = form == _SIZED
+            if sized and kind in most:
+                most[kind] = max(most[kind], struct.unpack_from("<II", cubin, place + 4)[1])
+            place += 4 + (extent if sized else 0)
+    if min(most.values()) < 0:
+        raise RuntimeError("the cubin does not say how many registers it takes, and what stack")
+    return most[_REGISTERS], most[_STACK]
+
+
+def disassembled(cubin: bytes) -> list[tuple[int, str]]:
+    """Instructions (address, text) of a cubin."""
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        texts = [
-            subprocess.run([knobs.nvidia.cuobjdump.path, option, str(path)], capture_output=True, text=True)
-            for option in ("-sass", "-res-usage")
-        ]
-    code = [(int(address, 16), text) for address, text in INSTRUCTION.findall(texts[0].stdout)]
-    registers = re.search(r"REG:(\d+)", texts[1].stdout + texts[1].stderr)
-    if not code or registers is None:
-        raise RuntimeError(f"cuobjdump gave nothing to read: {texts[0].stderr}{texts[1].stderr}")
-    return code, int(registers[1])
+        done = subprocess.run([knobs.nvidia.cuobjdump.path, "-sass", str(path)], capture_output=True, text=True)
+    code = [(int(address, 16), text) for address, text in INSTRUCTION.findall(done.stdout)]
+    if not code:
+        raise RuntimeError(f"cuobjdump gave nothing to read: {done.stderr}")
+    return code
 
 
 def _spills(code: list[tuple[int, str]]) -> tuple[int, int]:
@@ -196,25 +221,29 @@ def broken_rules(case: Any, kernel: str, arch: int, assembly: dict, shared: int,
     return broken
 
 
-def compile_launch(case: Any, launch: Any, arch: int) -> Resources:
-    """Compile one recorded launch and judge it."""
+def compiled(launch: Any, arch: int) -> Any:
+    """Triton's compiled kernel of a recorded launch."""
     import triton
     from triton.backends.compiler import GPUTarget
 
-    started, name = time.perf_counter(), launch.kernel.fn.__name__
-    signature, constants, attributes = _signature(launch)
-    source = triton.compiler.ASTSource(launch.kernel, signature, constants, attributes)
+    source = triton.compiler.ASTSource(launch.kernel, *_signature(launch))
     options = {"num_warps": launch.schedule.num_warps, "num_stages": launch.schedule.num_stages}
+    with contextlib.redirect_stdout(io.StringIO()):  # triton prints all of the PTX when ptxas fails
+        return triton.compile(
+            source, target=GPUTarget("cuda", arch, 32), options={**options, "enable_fp_fusion": True}
+        )
+
+
+def compile_launch(case: Any, launch: Any, arch: int) -> Resources:
+    """Compile one recorded launch and judge it."""
+    started, name = time.perf_counter(), launch.kernel.fn.__name__
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # triton prints all of the PTX when ptxas fails
-            built = triton.compile(
-                source, target=GPUTarget("cuda", arch, 32), options={**options, "enable_fp_fusion": True}
-            )
+        built = compiled(launch, arch)
     except Exception as error:
         reason = f"does not compile: {type(error).__name__}: {str(error).strip()[:2000]}"
         return Resources(case.name, name, arch, 0, 0, 0, 0, time.perf_counter() - started, (reason,))
-    code, registers = _disassembled(built.asm["cubin"])
-    spills, shared = _spills(code), built.metadata.shared
+    registers, stack = declared_usage(built.asm["cubin"])
+    spills, shared = _spills(disassembled(built.asm["cubin"])) if stack else (0, 0), built.metadata.shared
     broken = tuple(broken_rules(case, name, arch, built.asm, shared, spills))
     return Resources(case.name, name, arch, registers, shared, *spills, time.perf_counter() - started, broken)
 
@@ -271,19 +300,29 @@ def record_nothing() -> None:
     """In place of a call, where the launches are known already."""
 
 
-def compile_here(module: str, architectures: tuple[int, ...], share: int = 0, shares: int = 1) -> list[Resources]:
-    """Compile every distinct launch of a module, or of training steps, in this process, or one share of them."""
-    work = (shipped if module.startswith("shipped") else listed)(module, architectures)
-    return [compile_launch(*item) for item in work[share::shares]]
+def compile_here(
+    names: list[str], architectures: tuple[int, ...], share: int = 0, shares: int = 1
+) -> Iterator[tuple[str, Resources]]:
+    """Compile every distinct launch of modules, or of training steps, in this process, or one share of them."""
+    work = [
+        (name, item)
+        for name in names
+        for item in (shipped if name.startswith("shipped") else listed)(name, architectures)
+    ]
+    for name, item in work[share::shares]:
+        yield name, compile_launch(*item)
 
 
-def compile_module(module: str, architectures: tuple[int, ...] = ARCHITECTURES) -> list[Resources]:
-    """:func:`compile_here` in child processes without the interpreter; TRITON_CACHE_DIR is kept if set."""
+def compile_all(names: list[str], architectures: tuple[int, ...] = ARCHITECTURES) -> dict[str, list[Resources]]:
+    """:func:`compile_here` in child processes without the interpreter, by name; TRITON_CACHE_DIR is kept if set.
+
+    One pair of processes for everything: to start one and to record launches takes longer than to compile a few.
+    """
     shares = min(2, os.cpu_count() or 1)
     with tempfile.TemporaryDirectory() as folder:
         environment = {"TRITON_CACHE_DIR": folder, **os.environ, "OMP_NUM_THREADS": "1"}
         environment.pop("TRITON_INTERPRET", None)
-        command = [sys.executable, "-m", "tests.ahead_of_time", module, "--json", "--architectures"]
+        command = [sys.executable, "-m", "tests.ahead_of_time", *names, "--json", "--architectures"]
         command += [*map(str, architectures), "--share"]
         children = [
             subprocess.Popen(
@@ -293,27 +332,28 @@ def compile_module(module: str, architectures: tuple[int, ...] = ARCHITECTURES) 
             for share in range(shares)
         ]  # fmt: skip
         outputs = [child.communicate() for child in children]
-    found = []
+    found: dict[str, list[Resources]] = {name: [] for name in names}
     for child, (output, errors) in zip(children, outputs, strict=True):
         if child.returncode != 0:
-            raise RuntimeError(f"{module}: the compiling process ended with {child.returncode}\n{errors[-4000:]}")
-        rows = json.loads(output.splitlines()[-1])
-        found += [Resources(**{**row, "broken": tuple(row["broken"])}) for row in rows]
-    return sorted(found, key=lambda x: (x.case, x.kernel, x.architecture))
+            raise RuntimeError(f"{names}: a compiling process ended with {child.returncode}\n{errors[-4000:]}")
+        for name, row in json.loads(output.splitlines()[-1]):
+            found[name].append(Resources(**{**row, "broken": tuple(row["broken"])}))
+    return {name: sorted(rows, key=lambda x: (x.case, x.kernel, x.architecture)) for name, rows in found.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("module", help='a module of kernels/, e.g. class_cross_entropy, or "shipped"')
+    parser.add_argument("names", nargs="+", help='modules of kernels/, e.g. class_cross_entropy, or "shipped"')
     parser.add_argument("--architectures", nargs="+", type=int, default=list(ARCHITECTURES))
     parser.add_argument("--share", nargs=2, type=int, default=[0, 1], metavar=("INDEX", "COUNT"))
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    found = compile_here(options.module, tuple(options.architectures), *options.share)
+    found = compile_here(options.names, tuple(options.architectures), *options.share)
     if options.json:
-        print(json.dumps([dataclasses.asdict(x) for x in found]))
+        print(json.dumps([(name, dataclasses.asdict(x)) for name, x in found]))
     else:
-        print(*found, sep="\n")
+        for _, x in found:
+            print(x, flush=True)
 
 
 if __name__ == "__main__":

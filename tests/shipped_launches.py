@@ -35,7 +35,7 @@ class Step:
         width: D. dtype: of embeddings and parameters; under ``autocast`` those are float32 and edges have it.
         tf32: whether float32 products may use it. layers: L. samples: K.
         batch: N; kernels for many rows differ from those for few. kept: whether all stashes are, or none.
-        ragged: classes of 1 to 8 samples instead of K, and tiles of few pairs.
+        ragged: classes of 1 to 8 samples instead of K, and tiles of few pairs. dropout: of the edge layers.
     """
 
     width: int
@@ -47,6 +47,7 @@ class Step:
     samples: int = 2
     kept: bool = True
     ragged: bool = False
+    dropout: float = 0.1
 
     @property
     def labels(self) -> torch.Tensor:
@@ -79,10 +80,10 @@ class _Implementations(TorchDispatchMode):
 
 
 def record(step: Step, architecture: int) -> list[RecordedLaunch]:
-    """All launches of the step, dropout included, as on a GPU of ``architecture`` (90 for sm_90)."""
+    """All launches of the step as on a GPU of ``architecture`` (90 for sm_90)."""
     stored = torch.float32 if step.autocast else step.dtype
     with torch.device("meta"):
-        criterion = gcng.losses.GCAHNGLoss(step.width, 1000, step.layers, dropout=0.1).to(stored)
+        criterion = gcng.losses.GCAHNGLoss(step.width, 1000, step.layers, dropout=step.dropout).to(stored)
         z = torch.empty(step.batch, step.width, dtype=stored).requires_grad_()
     pairs = step.batch**2 // 12 if step.ragged else max(2048, step.batch**2 // 4)
     plan, labels = MemoryPlan(pairs, *[step.kept] * 3), step.labels

@@ -7,21 +7,29 @@ where tests are ``long``. Spills outside loops around products are printed, whet
 from __future__ import annotations
 
 import collections
+import functools
 import importlib
 import os
 import pkgutil
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
-pytest.importorskip("triton", exc_type=ImportError)
+triton = pytest.importorskip("triton", exc_type=ImportError)
+import triton.language as tl  # noqa: E402
 
-import gcng.kernels
-from gcng.kernels import launch
-from tests import ahead_of_time
-from tests.shipped_launches import DTYPES, WIDTHS, Step, record
+import gcng.kernels  # noqa: E402
+from gcng.kernels import launch  # noqa: E402
+from tests import ahead_of_time  # noqa: E402
+from tests.ahead_of_time import Resources  # noqa: E402
+from tests.shipped_launches import DTYPES, WIDTHS, Step, record  # noqa: E402
+from tests.triton_interpreter import is_interpreting  # noqa: E402
 
+ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.timeout(3600)  # about 1 s for each kernel and architecture on an idle machine
 
 
@@ -34,9 +42,19 @@ def one_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def check_compiles(name: str, capsys: pytest.CaptureFixture) -> None:
+EVERYTHING = [*ahead_of_time.kernel_modules(), "shipped"]
+
+
+@pytest.fixture(scope="module")
+def compiled(one_cache: None, request: pytest.FixtureRequest) -> Callable[[str], list[Resources]]:
+    """The resources of a name; all names that tests ask for are compiled together."""
+    asked = [item.callspec.params["module"] for item in request.session.items if "compiled" in item.fixturenames]
+    found = ahead_of_time.compile_all(list(dict.fromkeys(asked)))
+    return found.__getitem__
+
+
+def check_resources(resources: list[Resources], capsys: pytest.CaptureFixture) -> None:
     """Within the limits on every architecture."""
-    resources = ahead_of_time.compile_module(name)
     print(*resources, sep="\n")
     with capsys.disabled():
         print(*[f"\n{x}" for x in resources if x.spills], end="")
@@ -45,9 +63,11 @@ def check_compiles(name: str, capsys: pytest.CaptureFixture) -> None:
     assert {x.architecture for x in resources} == set(ahead_of_time.ARCHITECTURES)
 
 
-@pytest.mark.parametrize("module", [*ahead_of_time.kernel_modules(), "shipped"])
-def test_kernels_compile(module: str, capsys: pytest.CaptureFixture) -> None:
-    check_compiles(module, capsys)
+@pytest.mark.parametrize("module", EVERYTHING)
+def test_kernels_compile(
+    module: str, compiled: Callable[[str], list[Resources]], capsys: pytest.CaptureFixture
+) -> None:
+    check_resources(compiled(module), capsys)
 
 
 @pytest.mark.long
@@ -55,7 +75,8 @@ def test_kernels_compile(module: str, capsys: pytest.CaptureFixture) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def test_every_launch_that_ships_compiles(dtype: torch.dtype, width: int, capsys: pytest.CaptureFixture) -> None:
     """About 100 launches for each of three architectures: five minutes."""
-    check_compiles(f"shipped {str(dtype).removeprefix('torch.')} {width}", capsys)
+    name = f"shipped {str(dtype).removeprefix('torch.')} {width}"
+    check_resources(ahead_of_time.compile_all([name])[name], capsys)
 
 
 def test_every_kernel_is_compiled() -> None:
@@ -101,6 +122,55 @@ def test_a_kernel_is_compiled_once_for_tiles_of_any_place(width: int, dtype: tor
     other = record(Step(width, dtype, batch=238, kept=kept, ragged=True), 90)
     new = {ahead_of_time.program(started) for started in other} - programs
     assert not {name for name, *_ in new} - {"streamed_logit_panel_kernel"}
+
+
+@triton.jit
+def scaled_by_sum_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    index = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + index)
+    tl.store(out_ptr + index, x * tl.sum(x, 0))
+
+
+@pytest.mark.skipif(is_interpreting(), reason="kernels of this process are interpreted")
+@pytest.mark.parametrize("arch", ahead_of_time.ARCHITECTURES)
+@pytest.mark.parametrize(("block", "spills"), [(64, False), (32_768, True)])
+def test_a_cubin_declares_a_stack_where_its_code_spills(block: int, spills: bool, arch: int, tmp_path: Path) -> None:
+    """A warp cannot hold 1,024 numbers a thread. What declares no stack is not disassembled, which takes long."""
+    x = torch.empty(block, device="meta")
+    with launch.recorded_launches(arch) as recording:
+        launch.launch(scaled_by_sum_kernel, (1,), x, x, schedule=launch.Schedule(1, 1), BLOCK=block)
+    cubin = ahead_of_time.compiled(recording.launches[0], arch).asm["cubin"]
+    registers, stack = ahead_of_time.declared_usage(cubin)
+    assert bool(stack) == bool(ahead_of_time._spills(ahead_of_time.disassembled(cubin))[0]) == spills
+    file = tmp_path / "kernel.cubin"
+    file.write_bytes(cubin)
+    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert f"REG:{registers} STACK:{stack} " in done.stdout + done.stderr
+
+
+WARM = """
+import sys
+from triton import knobs
+from benchmarks import warm
+found = []
+knobs.compilation.listener = lambda **said: found.append(said["cache_hit"])
+launches = warm.launches_of([warm.Step(16, warm.torch.float32, batch=8, dropout=0.0)], 90)
+warm.pretend(90)
+for launch in launches[:6]:
+    warm.compile_launch(launch)
+print(found)
+"""
+
+
+def test_a_launch_finds_what_was_compiled_beforehand(tmp_path: Path) -> None:
+    """`benchmarks.warm` compiles in processes of its own what another one would compile one after the other."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path)}
+    run = functools.partial(subprocess.run, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    run([sys.executable, "-m", "benchmarks.warm", "--smoke", "--processes", "2"])
+    said = run([sys.executable, "-c", WARM]).stdout
+    assert said.splitlines()[-1] == str([True] * 4 + [False] * 2)
 
 
 SPILLING_LOOP = """
