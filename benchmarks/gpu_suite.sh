@@ -9,26 +9,27 @@
 #
 # Results go to $OUT if it is set, else to benchmarks/results: one JSON file named after the GPU, and gpu-suite.log.
 # A file of that name in benchmarks/results is gone on with. GPU_SUITE_SECONDS (default 570) bounds the whole run: a part
-# that would start later is left for the next run. PYTHON names the interpreter.
+# that would start later is left for the next run. PYTHON names the interpreter. Beside a copy of the tree without .git,
+# `git rev-parse HEAD > REVISION`, made where it was copied from, says which commit the rows are of.
 set -uo pipefail
 
-PARTS=(build tests repeats sanitizer-memcheck sanitizer-racecheck sanitizer-initcheck rates first targets bandwidth
+PARTS=(build warm tests rates first targets bandwidth repeats sanitizer-memcheck sanitizer-racecheck sanitizer-initcheck
   stages overhead wall ops accuracy sweeps scaling long)
 DESCRIPTIONS=(
-  "install in place and compile the extension" "GPU tests: correctness of all kernels" "250 repeats bit for bit, two shapes"
-  "compute-sanitizer memcheck, every op" "compute-sanitizer racecheck, every op"
-  "compute-sanitizer initcheck, every op" "product and copy rates of the card"
+  "install in place and compile the extension" "compile the Triton kernels of the rest, on all cores"
+  "GPU tests: correctness of all kernels" "product and copy rates of the card"
   "one iteration, N = 1024" "the table of targets" "synthesis in CUDA C++ and in Triton, share of the copy rate"
-  "time by op, roofline, share of the product rate"
+  "250 repeats bit for bit, two shapes" "compute-sanitizer memcheck, every op" "compute-sanitizer racecheck, every op"
+  "compute-sanitizer initcheck, every op" "time by op, roofline, share of the product rate"
   "cost of a call, CUDA graph" "the wall: dense forms beside gcng" "every op beside its peers"
   "error against float64 by dtype" "launch tables, panel sizes, time by kernel" "exponents over D, L, K"
   "250 runs of every pass over a tile bit for bit")
 # Seconds that a part may take; together more than the whole, since most need less.
-declare -A LIMIT=([build]=150 [tests]=240 [repeats]=60 [sanitizer-memcheck]=60 [sanitizer-racecheck]=60
-  [sanitizer-initcheck]=40 [rates]=30 [first]=60 [targets]=120 [bandwidth]=45 [stages]=60 [overhead]=60
-  [wall]=120 [ops]=120 [accuracy]=60 [sweeps]=90 [scaling]=90 [long]=240)
+declare -A LIMIT=([build]=150 [warm]=110 [tests]=200 [rates]=30 [first]=60 [targets]=150 [bandwidth]=45 [repeats]=60
+  [sanitizer-memcheck]=120 [sanitizer-racecheck]=120 [sanitizer-initcheck]=120 [stages]=60 [overhead]=90
+  [wall]=150 [ops]=120 [accuracy]=60 [sweeps]=90 [scaling]=90 [long]=240)
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 python=${PYTHON:-python3}
 seconds=${GPU_SUITE_SECONDS:-570}
 device=cuda dry=0 force=() chosen=()
@@ -37,7 +38,7 @@ for word in "$@"; do
     --dry-run) dry=1 device=cpu ;;
     --force) force=(--force) ;;
     --list) for i in "${!PARTS[@]}"; do printf '%-20s %s\n' "${PARTS[i]}" "${DESCRIPTIONS[i]}"; done; exit 0 ;;
-    -h | --help) sed -n '2,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    -h | --help) sed -n '2,16s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
     *)
       if [[ " ${PARTS[*]} " != *" $word "* ]]; then
         echo "gpu_suite.sh: no part '$word'; parts are: ${PARTS[*]}" >&2
@@ -71,7 +72,8 @@ link_checkout() {
 use_checkout() {
   local probe='import gcng, gcng.kernels, os, sys; sys.exit(not os.path.realpath(gcng.__file__).startswith(sys.argv[1]))'
   "$python" -c "$probe" "$root/" 2>/dev/null && return
-  if ! ((dry)) && "$python" -m pip install -q --no-index --no-deps --no-build-isolation -e . >>"$log" 2>&1; then
+  local install=(-m pip install -q --no-index --no-deps --no-build-isolation -e .)
+  if ! ((dry)) && timeout "${LIMIT[build]}" "$python" "${install[@]}" >>"$log" 2>&1; then
     "$python" -c "$probe" "$root/" 2>/dev/null && { say "installed in place"; return; }
   fi
   link_checkout
@@ -99,7 +101,7 @@ left() { echo $((seconds - SECONDS)); }
 # Seconds for a part: its limit, or ${most} where the caller has set it, and no more than what is left.
 bound() { local limit=${most:-${LIMIT[$1]}}; (($(left) < limit)) && limit=$(left); echo $((limit > 5 ? limit : 5)); }
 
-check() { "$python" -m benchmarks.checks --results "$results" --device "$device" "${small[@]}" "$@" 2>&1 | tee -a "$log" | tail -n 1; }
+check() { "$python" -m benchmarks.verdicts --results "$results" --device "$device" "$@" 2>&1 | tee -a "$log" | tail -n 1; }
 
 # record PART CODE: what a program said becomes an entry of the results file.
 record() { check record "$1" "$2" "$scratch/$1"; }
@@ -123,6 +125,13 @@ measure() {
     --allow-modified --parts "$1" --minutes "$minutes" --threads "$(nproc)" "${force[@]}" "${small[@]}"
 }
 
+# Before the installation, which compiles too: for this card alone.
+only_this_card() {
+  local asked='import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))' found
+  ((dry)) && return
+  found=$("$python" -c "$asked" 2>/dev/null) && export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$found}
+}
+
 part_build() {
   # As the build itself looks for nvcc: CUDA_HOME, the path, the toolkit's own place.
   local cuda=() search='from gcng import build; build.cuda_compiler()'
@@ -131,22 +140,36 @@ part_build() {
   record build $?
 }
 
-# tested PART MARK OPTION...: an entry for each file that has tests of a mark, so that what was finished counts; the file
-# that compiles most comes last. An interrupt lets pytest say what had failed by then.
+# Compiled here, all at once; a process that launches a kernel would compile one after the other.
+part_warm() {
+  local few=()
+  ((dry)) && few=(--smoke --processes 2)
+  run warm env -u TRITON_INTERPRET "$python" -m benchmarks.warm "${few[@]}"
+  record warm $?
+}
+
+# tested PART MARK OPTION...: an entry for each file that has tests of a mark, so that what was finished counts; the files
+# that compile most come last. An interrupt lets pytest say what had failed by then.
 tested() {
-  local part=$1 mark=$2 file name workers most signal=INT until=$((SECONDS + LIMIT[$1]))
+  local part=$1 mark=$2 file name workers most signal=INT until=$((SECONDS + LIMIT[$1])) files=() many
   shift 2
-  for file in $(grep -lE "mark\.$mark" tests/test_gpu_*.py | grep -v gpu_pairs) tests/test_gpu_pairs.py; do
+  for name in synthesis synthesis_triton ops iteration pairs; do
+    file=tests/test_gpu_$name.py
+    grep -qE "mark\.$mark" "$file" && files+=("$file")
+  done
+  many=$(($(nproc) > 4 ? $(nproc) - 2 : 2))
+  for file in "${files[@]}"; do
     name=$part-$(basename "$file" .py)
     is_done "$name" && continue
     most=$((until - SECONDS)) workers=()
+    (($(left) < most)) && most=$(left)
     if ((most < 10)); then
       : >"$scratch/$name"
       record "$name" 124
       continue
     fi
-    # Two at a time where the dense definition needs most of a card's memory.
-    [[ $file == *iteration* ]] && workers=(-n 2) || workers=(-n 8)
+    # Few at a time where the dense definition needs gigabytes for each.
+    [[ $file == *iteration* ]] && workers=(-n 4) || workers=(-n "$many")
     { ((dry)) || ! "$python" -c 'import xdist' 2>/dev/null; } && workers=()
     # Only here: torch warns without it under deterministic algorithms, and products are slower with it.
     CUBLAS_WORKSPACE_CONFIG=:4096:8 run "$name" "$python" -m pytest "$file" "${workers[@]}" -q -p no:cacheprovider \
@@ -181,10 +204,12 @@ sanitized() {
   record "$part" $?
 }
 
-part_sanitizer-memcheck() { sanitized sanitizer-memcheck --tool memcheck --error-exitcode 9; }
+# Calls that fail and are meant to, as torch asks whether something is there, are no errors of the kernels.
+part_sanitizer-memcheck() { sanitized sanitizer-memcheck --tool memcheck --report-api-errors no --error-exitcode 9; }
 part_sanitizer-racecheck() { sanitized sanitizer-racecheck --tool racecheck --error-exitcode 9; }
 part_sanitizer-initcheck() { sanitized sanitizer-initcheck --tool initcheck --error-exitcode 9; }
 
+only_this_card
 use_checkout
 results=$folder/$(results_name) || exit 1
 kept=$root/benchmarks/results/$(basename "$results")
@@ -195,7 +220,8 @@ for part in "${chosen[@]}"; do
     say "$part: left for the next run, the time is used up"
     continue
   fi
-  if is_done "$part"; then
+  # What was built on another machine is not here.
+  if [[ $part != build && $part != warm ]] && is_done "$part"; then
     say "$part: done"
     continue
   fi
@@ -209,4 +235,6 @@ for part in "${chosen[@]}"; do
 done
 
 say "results: $results"
+# So that a second run on this machine goes on, even if $OUT was emptied.
+((dry)) || [[ ! -f $results || $results -ef $kept ]] || cp "$results" "$kept"
 ((${#failed[@]} == 0)) || { say "failed: ${failed[*]}"; exit 1; }

@@ -13,6 +13,7 @@ from pathlib import Path
 
 PEERS = ("triton", "pytorch-metric-learning", "cut-cross-entropy", "liger-kernel", "faiss-cpu")
 ROOT = Path(__file__).resolve().parents[1]
+REVISION = ROOT / "REVISION"
 # What decides a number; what is generated from numbers, or says something about them, does not.
 MEASURED = ("gcng", "csrc", "kernels", "benchmarks", ":!benchmarks/results", ":!benchmarks/notes.toml")
 BUSY = 0.5  # load average above which the machine is not idle
@@ -71,12 +72,28 @@ def changed_files() -> list[str]:
 @functools.cache
 def _source() -> dict:
     """Taken once: what a process has imported does not follow later commits."""
-    return {"commit": _git("rev-parse", "HEAD") or "unknown", "modified": bool(changed_files())}
+    commit = _git("rev-parse", "HEAD")
+    if not commit and REVISION.exists():  # a copy without its repository: `git rev-parse HEAD > REVISION` beside it
+        return {"commit": REVISION.read_text(encoding="utf-8").strip(), "modified": None}
+    return {"commit": commit or "unknown", "modified": bool(changed_files()) if commit else None}
 
 
 def revision() -> dict:
     """Commit of the source as this process first asked, whether the measured files differed from it, and the time."""
     return {**_source(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
+
+
+def gpu_error() -> str:
+    """What a GPU says after an error, in one line: nothing where it can go on, the cause where this process cannot."""
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return ""
+    try:
+        torch.cuda.synchronize()
+    except Exception as error:
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ""
 
 
 def load_average() -> float:

@@ -6,6 +6,8 @@ Owns the order of steps within an entry, and what becomes of a provider that can
 from __future__ import annotations
 
 import gc
+import os
+import sys
 import time
 from dataclasses import dataclass, field
 
@@ -23,7 +25,11 @@ from benchmarks.results import Results, setting_of, spread
 from tests.closeness import ClosenessError
 
 MIN_ROUNDS = 2
-OURS = ("gcng", "gcng-no-extension")
+GPU_LOST = 70  # exit code of a process whose GPU refuses all work after an error
+OURS = ("gcng", "gcng-no-extension", "gcng-recompute")
+# Useful operations beyond which the truth on a GPU is gcng in tf32: blocked torch in float32 would take
+# minutes. Kernels are held to an independent form up to N = 2048 then, and at larger N to themselves in wider numbers.
+TF32_TRUTH_FLOPS = 1e14
 
 
 def check_and_time(benchmark: BenchmarkFixture, preparation: Preparation, case: Case) -> None:
@@ -105,6 +111,10 @@ class Preparation:
             self._start(entry)
         except Exception as error:
             self.broken[entry.name] = one_line(error)
+            if broken := machine.gpu_error():
+                # Nothing works in this process any more: the next one blames what was running, and goes on.
+                print(f"{entry.name}: {one_line(error)}; the GPU is lost: {broken}", file=sys.stderr, flush=True)
+                os._exit(GPU_LOST)
             self.current = None  # the row stays incomplete, and the next run tries again
             raise
 
@@ -235,6 +245,8 @@ class Preparation:
         heavy = operation.work(entry.setting, 4)["forward"].flops > self.truth_flops
         wide = "float32" if heavy else "float64"
         candidates = [*operation.truth, "gcng"] if not heavy else ["gcng-no-extension", "gcng"]
+        if self.device != "cpu" and operation.work(entry.setting, 4)["forward"].flops > TF32_TRUTH_FLOPS:
+            wide, candidates = "tf32", ["gcng"]
         for name in candidates:
             if peaks.get(name, 0) > room or (name in operation.dense_providers and name not in made):
                 continue
@@ -242,6 +254,9 @@ class Preparation:
                 ready = operation.prepare(name, entry.setting, wide, self.device, rounded_to=entry.precision)
                 return {key: x.double() for key, x in ready.arrays().items()}, f"{name} in {wide}"
             except Unavailable:
+                continue
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
                 continue
         raise RuntimeError(f"{entry.name}: none of {candidates} fits as truth")
 

@@ -58,8 +58,15 @@ def _share(results: dict) -> tuple[str, bool] | None:
     found = [one for one in results["stages"] if one.get("generator") and one["provider"] == "gcng"]
     if not found:
         return None
-    executed, useful = (max(one["generator"][key] for one in found) for key in ("executed_share", "useful_share"))
-    return f"{100 * executed:.0f} % ({100 * useful:.0f} % without recompute)", executed >= 0.5
+    # Of the fastest product of the card, where that was measured: one of a tile's shape may be slower.
+    square = results["rates"].get("gemm", {}).get("bfloat16", {}).get("square", {}).get("flops", 0.0)
+    rates = [one["generator"].get("gemm_flops", square) for one in found]
+    scales = [rate / max(rate, square) if square else 1.0 for rate in rates]
+    shares = [
+        max(one["generator"][key] * scale for one, scale in zip(found, scales, strict=True))
+        for key in ("executed_share", "useful_share")
+    ]
+    return f"{100 * shares[0]:.0f} % ({100 * shares[1]:.0f} % without recompute)", shares[0] >= 0.5
 
 
 def _against_dense(results: dict) -> tuple[str, bool] | None:
@@ -94,7 +101,8 @@ def _cross_entropy(results: dict) -> tuple[str, bool] | None:
     if ours is None or not times:
         return None
     best = min(times, key=times.get)
-    return f"{seconds_words(ours)}; {best} {seconds_words(times[best])}", ours <= times[best]
+    words = f"{seconds_words(ours)}; {best} {seconds_words(times[best])}"
+    return words + ("; no peer installed" if set(times) == {"chunked torch"} else ""), ours <= times[best]
 
 
 def _captured(results: dict) -> tuple[str, bool] | None:

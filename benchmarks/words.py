@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from benchmarks.machine import BUSY
 
 NOT_MEASURED = "not measured"
+MODIFIED = {False: "", True: " with changes", None: ", changes unknown"}  # what follows the commit of a row
 WORDS = {
     "published": "published formulation",
     "published-compiled": "published, torch.compile",
@@ -56,7 +57,7 @@ def source_line(file: str, results: dict, rows: Iterable[dict] = ()) -> str:
     if "gpu" in described:
         where = f"{described['gpu']}, {described['gpu_memory_bytes'] / 2**30:.0f} GiB"
     stamped = [row for row in rows if row.get("commit")]
-    commits = sorted({row["commit"][:10] + (" with changes" if row.get("modified") else "") for row in stamped})
+    commits = sorted({row["commit"][:10] + MODIFIED[row.get("modified", False)] for row in stamped})
     dates = sorted({row["date"][:10] for row in stamped})
     when = f"; commit {', '.join(commits)}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}" if stamped else ""
     extensions = {row["extension"] for row in stamped if row.get("extension", "none") != "none"}

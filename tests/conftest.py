@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 from collections.abc import Iterator
 
 # Read when torch loads its thread library, so it stands before the imports. Threads that wait by spinning make
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import machine
 from tests import triton_interpreter
 
 TEST_THREADS = 2
@@ -45,6 +47,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for marker, reason in reasons.items():
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
+    """End a process whose GPU refuses all work after a failure: what comes later would fail under wrong names."""
+    report = yield
+    if report.failed and item.get_closest_marker("gpu") and (broken := machine.gpu_error()):
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            words = f"{item.nodeid}: {report.longreprtext[-4000:]}\nthe GPU is lost: {broken}"
+            print(words, file=sys.stderr, flush=True)
+            os._exit(1)  # reported as a crash of this test, and replaced
+        pytest.exit(f"{item.nodeid}: the GPU is lost: {broken}\n{report.longreprtext}", returncode=1)
+    return report
 
 
 @pytest.fixture(autouse=True)

@@ -11,13 +11,16 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import accuracy, bench_iteration, machine, measure, memory, operations, plan, preparation
+from benchmarks import accuracy, bench_iteration, machine, measure, memory, operations, plan, preparation, words
 from benchmarks.iteration import make_batch, make_provider, make_weights, official_name, run_iteration
+from benchmarks.plan import Entry
+from benchmarks.preparation import Preparation
 from benchmarks.results import Results, setting_of
 from benchmarks.settings import Setting, executed_generator_units, sweep, units_per_pair
 from gcng.memory import MemoryPlan
@@ -200,7 +203,7 @@ def test_a_smoke_run_writes_rows_and_a_second_run_goes_on(tmp_path):
 
 def test_ending_the_measurement_ends_what_it_started(tmp_path):
     command = [sys.executable, "-m", "benchmarks.measure", "--smoke", "--json", str(tmp_path / "results.json")]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as parent:
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as parent:
         children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
         deadline = time.monotonic() + 60
         while not (started := children.read_text().split()) and time.monotonic() < deadline:
@@ -208,6 +211,7 @@ def test_ending_the_measurement_ends_what_it_started(tmp_path):
         assert started, "nothing was started"
         parent.terminate()
         assert parent.wait(30) == 128 + signal.SIGTERM
+        assert "ended; it had said:" in parent.stderr.read()
     while any(Path(f"/proc/{child}").exists() for child in started) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(Path(f"/proc/{child}").exists() for child in started)
@@ -314,7 +318,74 @@ def test_a_results_file_belongs_to_one_machine(tmp_path):
 
 def test_a_source_without_git_has_an_unknown_revision(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert machine._source.__wrapped__() == {"commit": "unknown", "modified": False}
+    assert machine._source.__wrapped__() == {"commit": "unknown", "modified": None}
+    monkeypatch.setattr(machine, "REVISION", tmp_path / "REVISION")
+    machine.REVISION.write_text("0123456789abcdef\n")
+    source = machine._source.__wrapped__()
+    assert source == {"commit": "0123456789abcdef", "modified": None}
+    stamped = {**source, "date": "2025-01-01T00:00:00+00:00"}
+    results = {"machine": machine.machine(), "versions": machine.versions(), "protocol": {}}
+    assert "commit 0123456789, changes unknown; 2025-01-01" in words.source_line("x.json", results, [stamped])
+
+
+def test_results_of_a_gpu_go_on_beside_another_processor(tmp_path, monkeypatch):
+    gpu, described = {"gpu": "NVIDIA X"}, machine.machine()
+    monkeypatch.setattr(machine, "machine", lambda device: described | gpu)
+    Results.open(tmp_path / "r.json", "cuda").save()
+    monkeypatch.setattr(machine, "machine", lambda device: described | {"cpu": "another", "cores": 64} | gpu)
+    assert Results.open(tmp_path / "r.json", "cuda").data["machine"]["cpu"] == described["cpu"]
+    monkeypatch.setattr(machine, "machine", lambda device: described | {"gpu": "NVIDIA Y"})
+    with pytest.raises(ValueError, match="gpu differ"):
+        Results.open(tmp_path / "r.json", "cuda")
+
+
+def test_a_process_whose_gpu_is_lost_ends_so_that_the_next_one_goes_on(tmp_path, monkeypatch, capsys):
+    class Ended(BaseException):
+        pass
+
+    def leave(code):
+        raise Ended(code)
+
+    def fail():
+        raise RuntimeError("an illegal memory access was encountered\nmore")
+
+    assert machine.gpu_error() == ""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert machine.gpu_error() == ""
+    monkeypatch.setattr(torch.cuda, "synchronize", fail)
+    assert machine.gpu_error() == "an illegal memory access was encountered"
+    monkeypatch.setattr("os._exit", leave)
+    session = Preparation(Results.open(tmp_path / "r.json"), "cpu", 2, float("inf"), 5e12)
+    monkeypatch.setattr(session, "_start", lambda entry: fail())
+    with pytest.raises(Ended, match="70"):
+        session.ready(plan.cases_of([Entry("iteration", SMALL, ("gcng",))])[0])
+    assert "the GPU is lost: an illegal memory access was encountered" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("samples", "source"), [(2048, "gcng-no-extension in float32"), (4096, "gcng in tf32")], ids=str
+)
+def test_a_large_row_of_a_gpu_is_held_to_what_takes_no_minutes(samples, source, tmp_path, monkeypatch):
+    made = []
+
+    def prepare(self, provider, setting, precision, device, *, rounded_to=None):
+        made.append(f"{provider} in {precision}")
+        if len(made) == 1 and samples == 4096:
+            raise torch.OutOfMemoryError("too large")
+        return SimpleNamespace(arrays=lambda: {"x": torch.ones(2)})
+
+    session = Preparation(Results.open(tmp_path / "r.json"), "cuda", 2, float("inf"), 1e13)
+    entry = Entry("iteration", Setting(1, 512, samples), ("gcng",), "bfloat16")
+    session.current = SimpleNamespace(entry=entry, row={"providers": {}})
+    monkeypatch.setattr(operations.Operation, "prepare", prepare)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 2**40)
+    if samples == 2048:
+        assert session._truth(ITERATION, ["gcng"])[1] == source
+        return
+    with pytest.raises(RuntimeError, match=r"none of \['gcng'\] fits as truth"):
+        session._truth(ITERATION, ["gcng"])
+    assert session._truth(ITERATION, ["gcng"])[1] == source and made == [source] * 2
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")

@@ -13,7 +13,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from benchmarks import bandwidth, checks, operations, plan, sweeps
+from benchmarks import bandwidth, checks, operations, plan, sweeps, verdicts
 from benchmarks.results import Results
 from benchmarks.settings import Setting
 from gcng.ops import dispatch
@@ -39,7 +39,7 @@ def test_a_dry_run_goes_through_every_part_and_a_second_one_skips_what_is_done(t
     (path,) = tmp_path.glob("*.json")
     results = json.loads(path.read_text())
     status = {one["part"]: one["status"] for one in results["checks"]}
-    assert status["repeats"] == "passed" and status["build"] in ("passed", "not run")
+    assert status["repeats"] == status["warm"] == "passed" and status["build"] in ("passed", "not run")
     assert [status[name] for name in SANITIZERS] == ["not run"] * 3
     assert status["tests"] == status["long"] == "not run" or torch.cuda.is_available()
     files = {path.stem for path in (ROOT / "tests").glob("test_gpu_*.py")}
@@ -101,27 +101,43 @@ def test_what_does_not_fit_into_the_time_is_left_for_the_next_run(tmp_path):
     ],
 )
 def test_what_never_ran_never_counts_as_passed(part, code, log, status):
-    assert checks.judged(part, code, log)["status"] == status
+    assert verdicts.judged(part, code, log)["status"] == status
 
 
 def test_a_cut_off_log_says_what_was_finished():
-    found = checks.judged("tests-test_gpu_ops", 124, "header\n....... [ 40%]\n..F.....")
+    found = verdicts.judged("tests-test_gpu_ops", 124, "header\n....... [ 40%]\n..F.....")
     assert found["details"].startswith("1 failed, 14 passed, then ran out of the time")
 
 
 def test_the_entries_of_a_part_become_one(tmp_path):
     results = Results.open(tmp_path / "results.json")
-    assert checks.joined(results, "tests")["status"] == "not run"
+
+    def store(name, status, details):
+        verdicts.store(results.data, name, {"status": status, "details": details})
+        results.save()
+
+    assert verdicts.joined(results.data, "tests")["status"] == "not run"
     for name, status in (("tests-a", "passed"), ("tests-b", "not run"), ("repeats", "failed")):
-        checks.store(results, name, {"status": status, "details": "26 passed"})
+        store(name, status, "26 passed")
     words = "a: passed, 26 passed; b: not run, 26 passed"
-    assert checks.joined(results, "tests") == {"status": "not run", "details": words}
-    checks.store(results, "tests-b", {"status": "passed", "details": "3 passed"})
-    assert checks.main(["--results", str(results.path), "join", "tests"]) == 0
-    stored = {one["part"]: one["status"] for one in Results.open(results.path).data["checks"]}
-    assert stored["tests"] == "passed"
-    checks.store(results, "tests-a", {"status": "failed", "details": "1 failed"})
-    assert checks.main(["--results", str(results.path), "join", "tests"]) == 1
+    assert verdicts.joined(results.data, "tests") == {"status": "not run", "details": words}
+    store("tests-b", "passed", "3 passed")
+    assert verdicts.main(["--results", str(results.path), "join", "tests"]) == 0
+    stored = {one["part"]: one for one in Results.open(results.path).data["checks"]}
+    assert stored["tests"]["status"] == "passed" and stored["tests"]["commit"]
+    store("tests-a", "failed", "1 failed")
+    assert verdicts.main(["--results", str(results.path), "join", "tests"]) == 1
+
+
+def test_a_verdict_makes_the_file_and_needs_no_torch_afterwards(tmp_path):
+    path, log = tmp_path / "r.json", tmp_path / "log"
+    log.write_text("3 passed in 1s")
+    assert verdicts.main(["--results", str(path), "record", "tests-a", "0", str(log)]) == 0
+    code = "import sys; sys.modules['torch'] = None; from benchmarks import verdicts as v; sys.exit(v.main({}))"
+    words = ["--results", str(path), "record", "tests-b", "1", str(log)]
+    done = subprocess.run([sys.executable, "-c", code.format(words)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == "tests-b: failed: 3 passed in 1s\n", done.stderr
+    assert [one["part"] for one in Results.open(path).data["checks"]] == ["tests-a", "tests-b"]
 
 
 def stand_in(folder, words, **replaced):
@@ -131,7 +147,7 @@ def stand_in(folder, words, **replaced):
         "gcng/__main__.py": "import gcng.kernels as k, sys\nprint(*sys.argv[1:], 'with', k.__file__)",
         "kernels/__init__.py": "",
         "benchmarks/__init__.py": "",
-        "benchmarks/checks.py": "print('recorded')",
+        "benchmarks/verdicts.py": "print('recorded')",
         "benchmarks/machine.py": "machine = str\nfile_name = '{}.json'.format",
         "benchmarks/gpu_suite.sh": SUITE.read_text(),
         "python": f'#!/bin/sh\nexec {sys.executable} -S "$@"\n',

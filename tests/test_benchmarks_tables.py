@@ -158,6 +158,14 @@ def test_targets_are_read_from_a_gpu_file(results):
         ("5 ms", "yes"), ("4 ms", "yes"), ("10 ms; liger 9 ms", "no"), ("not measured", "-"), ("not measured", "-"),
     ]  # fmt: skip
     assert "NVIDIA H200, 141 GiB" in summaries.readme([("nvidia-h200.json", results)])
+    # The share is of the fastest product of the card, where a tile's product is slower; and peers have to be there.
+    results["stages"][0]["generator"]["gemm_flops"] = 3e14
+    results["rates"] = {"gemm": {"bfloat16": {"square": {"flops": 6e14}}}}
+    assert targets._share(results) == ("30 % (20 % without recompute)", False)
+    results["rates"]["gemm"]["bfloat16"]["square"]["flops"] = 2e14
+    assert targets._share(results) == ("61 % (40 % without recompute)", True)
+    del entropy["liger"]
+    assert targets._cross_entropy(results) == ("10 ms; chunked torch 20 ms; no peer installed", True)
 
 
 def form_of_the_synthesis(name, gates, forward, backward):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import fcntl
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -227,12 +230,22 @@ def test_replay_of_a_cuda_graph_gives_the_bits_of_eager(name: str) -> None:
     assert all(equal_bits(a, b) for a, b in zip(outputs, expected, strict=True))
 
 
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """Tests that need much of a card wait for each other, in whatever process they run."""
+    with open(Path(tempfile.gettempdir()) / "gcng-large-gpu-tests.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+        torch.cuda.empty_cache()
+
+
 def needs_free(gibibytes: int) -> None:
     if torch.cuda.mem_get_info()[0] < gibibytes * 2**30:
         pytest.skip(f"needs {gibibytes} GiB of free GPU memory")
 
 
 @pytest.mark.raw_memory
+@pytest.mark.usefixtures("alone")
 def test_more_than_32_bits_of_rows() -> None:
     needs_free(20)
     rows, width = 2**21 + 64, 1024
@@ -246,6 +259,7 @@ def test_more_than_32_bits_of_rows() -> None:
 
 
 @pytest.mark.raw_memory
+@pytest.mark.usefixtures("alone")
 def test_more_than_32_bits_of_classes() -> None:
     """All classes but the last 64 have zero weights: the loss and the last rows of the gradient are known."""
     needs_free(24)
@@ -269,6 +283,7 @@ def test_more_than_32_bits_of_classes() -> None:
 
 
 @pytest.mark.raw_memory
+@pytest.mark.usefixtures("alone")
 def test_more_than_32_bits_of_gates() -> None:
     """What anchors get for a class depends on their own class and that one: a small batch gives the same."""
     needs_free(32)

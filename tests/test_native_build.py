@@ -473,6 +473,18 @@ def test_the_command_builds_into_the_package_or_the_users_cache(csrc, tmp_path, 
         assert "-std=c++20" in (text := capsys.readouterr().err) and "return two;" in text, "all that the compiler said"
 
 
+def test_one_library_that_cannot_be_built_does_not_keep_the_other_away(tmp_path, monkeypatch, capsys):
+    def fail(target, timeout):
+        raise build.BuildError("no C++ compiler")
+
+    monkeypatch.setattr("gcng.cli.build.writable_folder", lambda: tmp_path)
+    monkeypatch.setattr(build, "build_cpu", fail)
+    monkeypatch.setattr(build, "build_cuda", lambda target, timeout: [target / libraries.CUDA_LIBRARY])
+    assert main(["build", "--cuda", "--json"]) == 2
+    said = capsys.readouterr()
+    assert "gcng build: no C++ compiler" in said.err and libraries.CUDA_LIBRARY in said.out
+
+
 def test_the_builder_imports_neither_torch_nor_setuptools():
     code = "import sys, gcng.build; print(sorted({'torch', 'setuptools', 'numpy'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
