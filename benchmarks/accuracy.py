@@ -56,12 +56,15 @@ def main(arguments: list[str] | None = None) -> int:
     """Measures the errors into a results file."""
     options, results = open_results(arguments, __doc__, "accuracy")
     kind = torch.device(options.device).type
-    found = []
+    found = results.of_this_source("accuracy")
+    done = {(one["operation"], one["setting"]) for one in found}
     for name in operations.OPERATIONS:
         operation = operations.load(name)
         setting = operation.tiny if options.smoke else GPU_SETTING if kind == "cuda" else SETTING
+        if (name, setting.name) in done:
+            continue
         if time.time() > options.deadline:
-            return 0  # unfinished: the next run measures all of it
+            return 0  # not finished: the next run goes on
         for precision in PRECISIONS[kind][: 2 if options.smoke else None]:
             found.append(entry(operation, setting, precision, options.device))
         results.replace("accuracy", found)

@@ -191,7 +191,7 @@ part_repeats() {
 }
 
 sanitized() {
-  local part=$1
+  local part=$1 until=$((SECONDS + LIMIT[$1])) most
   shift
   if ((dry)); then
     run "$part" "$python" -m benchmarks.checks --device cpu --smoke once || return 1
@@ -199,6 +199,7 @@ sanitized() {
   else
     # Without the sanitizer first: compiled under it, the kernels alone would take all of its time.
     run "$part" "$python" -m benchmarks.checks --device cuda once
+    most=$((until - SECONDS)) && (($(left) < most)) && most=$(left)
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 run "$part" compute-sanitizer "$@" "$python" -m benchmarks.checks --device cuda once
   fi
   record "$part" $?

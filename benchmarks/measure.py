@@ -26,7 +26,7 @@ from pathlib import Path
 from benchmarks import machine, plan
 from benchmarks.operations import OPERATIONS
 from benchmarks.plan import Entry
-from benchmarks.results import FOLDER, Results
+from benchmarks.results import FOLDER, LISTS, TRUTH, Results
 
 # Modules that measure a key of the results file of their name, and the part that they come after.
 MODULES = {
@@ -92,8 +92,13 @@ class Run:
         check_source(self.options)
         results = Results.open(self.path, self.options.device)
         if name in ALL_MODULES:
+            if self.options.force and name in LISTS:
+                results.data[name] = []  # a module goes on with what it finds of this source
+                results.save()
             if self.options.force or not results.is_finished(name):
                 self._module(f"benchmarks.{name}")
+                if not Results.open(self.path, self.options.device).is_finished(name):
+                    say(f"{name}: not finished, the next run goes on")
             return
         wanted = unfinished(entries, results, self.options.force)
         if self.options.force:
@@ -185,9 +190,14 @@ def check_source(options: argparse.Namespace) -> None:
 
 
 def blame(row: dict, code: int) -> None:
-    """Write down the provider that was running when the process was killed."""
+    """Write down the provider that was running when the process was killed; or that the row has no truth."""
     name = row.pop("running")
     words = f"the process was killed (exit code {code})"
+    if name == TRUTH:  # without it there is nothing to hold a provider to
+        for one in row["providers"].values():
+            one |= {"status": "unavailable", "reason": f"no truth: {words}"}
+        row["complete"] = True
+        return
     row["providers"][name] = row["providers"].get(name, {}) | {"status": "killed", "reason": words}
 
 

@@ -28,7 +28,7 @@ from benchmarks.fields import class_major_labels, edge_field
 from benchmarks.iteration import Batch, Provider, make_batch, make_provider, run_iteration
 from benchmarks.memory import one_line
 from benchmarks.operations import batch_labels, normal
-from benchmarks.results import open_results
+from benchmarks.results import Results, open_results
 from benchmarks.settings import Setting
 from gcng import functional
 from gcng.nn.layers import EdgeLayer
@@ -41,6 +41,7 @@ WAY_SECONDS = 0.7  # of timed calls by one way: fewer calls where they are long
 # Ways by the beginning of their names, in the order in which all ops are called by them: a capture that fails may spoil
 # what comes after it, and compiling takes the longest.
 LATER = ("CUDA graph", "torch.compile")
+LATE = "no time left"
 BOTH = ", forward and backward"
 
 
@@ -239,7 +240,7 @@ def measure_ops(
             if wanted(name, way):
                 row = {"operation": name, "setting": setting.name, "way": way}
                 late = time.time() > deadline
-                found = {"reason": "no time left"} if late else _timed(make, device, calls, batches, torch.no_grad())
+                found = {"reason": LATE} if late else _timed(make, device, calls, batches, torch.no_grad())
                 rows.append(row | found)
     return rows
 
@@ -288,7 +289,7 @@ def compiled_row(
     *, late: bool = False,
 ) -> dict:  # fmt: skip
     """The iteration with compiled losses, in a process of its own."""
-    found = {"reason": "no time left"} if late else measured_beside(setting, device, calls, limit)
+    found = {"reason": LATE} if late else measured_beside(setting, device, calls, limit)
     return {"operation": "iteration", "setting": setting.name, "way": "torch.compile"} | found
 
 
@@ -300,19 +301,35 @@ def main(arguments: list[str] | None = None) -> int:
         tiny = Setting(1, 8, 8), Setting(1, 16, 8)
         rows = measure_ops(device, tiny[0], 1, 1, lambda op, way: op == "center_normalize" and "compile" not in way)
         rows += measure_iteration(device, tiny[1], 1, limit=0)
+        results.replace("overhead", rows)
     else:
-        rows = measure_ops(device, wanted=lambda op, way: not way.startswith(LATER), deadline=options.deadline)
-        results.replace("overhead", rows)
-        rows += measure_iteration(device, limit=0)
-        results.replace("overhead", rows)
-        for later in LATER:
-            wanted = functools.partial(lambda op, way, later: way.startswith(later), later=later)
-            rows += measure_ops(device, wanted=wanted, deadline=options.deadline)
-            results.replace("overhead", rows)
-        rows.append(compiled_row(device, late=time.time() > options.deadline))
-    results.replace("overhead", rows)
-    results.finish("overhead")
+        rows = _measure_all(device, results, options.deadline)
+    if not any(row.get("reason") == LATE for row in rows):
+        results.finish("overhead")
     return 0
+
+
+def _measure_all(device: torch.device, results: Results, deadline: float) -> list[dict]:
+    """All rows, those of this source that the file holds kept; written after every group of ways."""
+    rows = [row for row in results.of_this_source("overhead") if row.get("reason") != LATE]
+    done = {(row["operation"], row["way"]) for row in rows}
+
+    def add(more: list[dict]) -> None:
+        rows.extend(more)
+        results.replace("overhead", rows)
+
+    def missing(op: str, way: str) -> bool:
+        return (op, way) not in done
+
+    add(measure_ops(device, wanted=lambda op, way: missing(op, way) and not way.startswith(LATER), deadline=deadline))
+    if missing("iteration", "public function"):
+        add(measure_iteration(device, limit=0))
+    for later in LATER:
+        wanted = functools.partial(lambda op, way, later: missing(op, way) and way.startswith(later), later=later)
+        add(measure_ops(device, wanted=wanted, deadline=deadline))
+    if missing("iteration", "torch.compile"):
+        add([compiled_row(device, late=time.time() > deadline)])
+    return rows
 
 
 if __name__ == "__main__":

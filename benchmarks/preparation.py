@@ -5,10 +5,12 @@ Owns the order of steps within an entry, and what becomes of a provider that can
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pytest
@@ -21,7 +23,7 @@ from benchmarks.memory import one_line
 from benchmarks.operations import Operation, Ready, Unavailable
 from benchmarks.plan import COMPILING, Case, Entry, providers_of
 from benchmarks.providers import extension
-from benchmarks.results import Results, setting_of, spread
+from benchmarks.results import TRUTH, Results, setting_of, spread
 from tests.closeness import ClosenessError
 
 MIN_ROUNDS = 2
@@ -38,7 +40,8 @@ def check_and_time(benchmark: BenchmarkFixture, preparation: Preparation, case: 
     benchmark.extra_info.update(provider=case.provider, setting=case.entry.setting.as_dict(), round=case.round)
     # An untimed call first: a training loop repeats itself, while the call after another provider's has all of its
     # memory to fetch from the system again.
-    passes = benchmark.pedantic(ready.run, rounds=1, warmup_rounds=1)
+    with preparation.watched():
+        passes = benchmark.pedantic(ready.run, rounds=1, warmup_rounds=1)
     assert passes and all(seconds > 0 for seconds in passes.values()), passes
     preparation.record(case, passes)
 
@@ -87,6 +90,26 @@ class Preparation:
         self._mark(case.provider)
         return current.ready[case.provider]
 
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """End the process where an error has left the GPU unusable: nothing after it would be measured.
+
+        The row then says what was running and is not complete; the next process blames that, and goes on.
+        """
+        try:
+            yield
+        except Exception as error:
+            self._leave_if_lost(one_line(error))
+            raise
+
+    def _leave_if_lost(self, reason: str) -> None:
+        if broken := machine.gpu_error():
+            if self.current is not None:
+                self.current.row["complete"] = False
+                self.results.save()
+            print(f"{reason}; the GPU is lost: {broken}", file=sys.stderr, flush=True)
+            os._exit(GPU_LOST)
+
     def record(self, case: Case, passes: dict[str, float]) -> None:
         """Keep one timed call."""
         current = self.current
@@ -108,13 +131,10 @@ class Preparation:
         if entry.name in self.broken:
             raise AssertionError(f"{entry.name} is not measured: {self.broken[entry.name]}")
         try:
-            self._start(entry)
+            with self.watched():
+                self._start(entry)
         except Exception as error:
             self.broken[entry.name] = one_line(error)
-            if broken := machine.gpu_error():
-                # Nothing works in this process any more: the next one blames what was running, and goes on.
-                print(f"{entry.name}: {one_line(error)}; the GPU is lost: {broken}", file=sys.stderr, flush=True)
-                os._exit(GPU_LOST)
             self.current = None  # the row stays incomplete, and the next run tries again
             raise
 
@@ -155,6 +175,8 @@ class Preparation:
         elif self.memory_too and not name.endswith("-compiled") and name not in COMPILING:
             measured = memory.measure(operation.name, name, entry.setting, entry.precision, self.device, self.threads)
             status = measured.pop("status")
+            if status == "failed":
+                self._leave_if_lost(measured["reason"])
             if status == "failed" and not self._may_fail(name):
                 raise RuntimeError(f"{entry.name} by {name}: {measured['reason']}")
             row["status"] = "unavailable" if status == "failed" else status
@@ -186,7 +208,8 @@ class Preparation:
             ready, row = made[name], current.row["providers"][name]
             self._mark(name)
             try:
-                arrays = ready.arrays()
+                with self.watched():
+                    arrays = ready.arrays()
                 if baseline is None and ready.form.compared:
                     baseline, judge = arrays, name
                 if ready.form.compared:
@@ -222,6 +245,7 @@ class Preparation:
 
     def _make(self, operation: Operation, name: str) -> Ready | None:
         row, entry = self.current.row["providers"][name], self.current.entry
+        self._mark(name)
         try:
             return operation.prepare(name, entry.setting, entry.precision, self.device)
         except Unavailable as reason:
@@ -250,6 +274,7 @@ class Preparation:
         for name in candidates:
             if peaks.get(name, 0) > room or (name in operation.dense_providers and name not in made):
                 continue
+            self._mark(TRUTH)
             try:
                 ready = operation.prepare(name, entry.setting, wide, self.device, rounded_to=entry.precision)
                 return {key: x.double() for key, x in ready.arrays().items()}, f"{name} in {wide}"

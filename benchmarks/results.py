@@ -22,6 +22,7 @@ from benchmarks.settings import Setting
 
 FORMAT = 2
 FOLDER = Path(__file__).parent / "results"
+TRUTH = "truth"  # what a row says to be running while its truth is made
 LISTS = ("stages", "overhead", "accuracy", "bandwidth", "checks")
 
 
@@ -87,6 +88,14 @@ class Results:
         """A part without rows is whole."""
         self.data["finished"] = sorted({*self.data.get("finished", ()), part})
         self.save()
+
+    def of_this_source(self, name: str) -> list[dict]:
+        """The entries of a list that this source has measured; none where nobody knows whether it is the same."""
+        source = machine.revision()
+        if source["commit"] == "unknown" or source["modified"] is not False:
+            return []
+        same = [one for one in self.data[name] if one.get("commit") == source["commit"]]
+        return [one for one in same if one.get("modified") is False]
 
     def replace(self, name: str, entries: Iterable[dict]) -> None:
         """Set one of the lists, every entry stamped with commit and time."""

@@ -44,6 +44,8 @@ def judged(part: str, code: int, log: str) -> dict:
         return {"status": status, "details": "; ".join(lines) or f"exit code {code}, no summary"}
     counted = re.findall(r"^=* ?(.*(?:passed|failed|skipped|error).*? in [0-9.]+s.*?) ?=*$", log, re.MULTILINE)
     words = counted[-1] if counted else (log.strip().splitlines() or ["no output"])[-1]
+    if lost := re.search(r"^.*the GPU is lost.*$", log, re.MULTILINE):
+        return {"status": "failed", "details": f"{lost[0].strip()[:300]}; {words}"}
     if code == 0 and re.search(r"\d+ skipped", words) and "passed" not in words:
         return {"status": "not run", "details": words}
     return {"status": "passed" if code == 0 else "failed", "details": words}

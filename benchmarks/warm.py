@@ -6,7 +6,7 @@
 A process compiles a kernel when it first launches it, one after the other, and a training step has about 60: minutes
 in which a GPU waits. Launches are recorded from the ops on meta tensors and go through the path of a launch, up to the
 launch itself, so that what is compiled has the key under which a launch looks for it. The most valuable kernels come
-first; one that does not compile is left to the launch, which says why.
+first; one that does not compile is named, and fails again where it is launched.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -49,7 +50,7 @@ def launches_of(wanted: Iterator[Step], architecture: int) -> list[Any]:
     found: dict[tuple, Any] = {}
     for step in wanted:
         for launch in shipped_launches.record(step, architecture):
-            found.setdefault((program(launch), step.tf32), launch)
+            found.setdefault(program(launch), launch)
     return list(found.values())
 
 
@@ -89,7 +90,10 @@ def warm(launches: list[Any], architecture: int, processes: int) -> int:
             code = 2
             try:
                 code = 1 if _compile_share(launches[share::processes], architecture) else 0
+            except BaseException:
+                traceback.print_exc()
             finally:
+                sys.stderr.flush()
                 os._exit(code)  # not through the parent's handlers
         children.append(child)
     return sum(os.waitpid(child, 0)[1] != 0 for child in children)

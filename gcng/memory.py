@@ -43,6 +43,11 @@ def format_bytes(size: float) -> str:
     return f"{size:.2f} TiB"
 
 
+def _rounded_up(size: int) -> str:
+    """A size that :func:`parse_bytes` reads, not below the one given: ``1235 MiB``."""
+    return f"{-(-size // MIB)} MiB"
+
+
 @dataclass(frozen=True)
 class MemoryPlan:
     """What is kept for the backward, and the tile size; the same for every op of a call."""
@@ -128,9 +133,9 @@ _TILE_SHARES = {"cpu": (10,), "cuda": (2, 4, 8, 16)}
 _CHOICES = {(True, True, True): 0, (True, True, False): 8, (True, False, True): 16, (True, False, False): 24,
             (False, False, False): 60}  # fmt: skip
 # What a tile costs on a GPU whatever its size, in operations of products: an iteration starts about 270 kernels for it,
-# at some 20 us of the host each, while the card could do 16-bit products at some 400 TFLOP/s, or 50 in float32. By
-# count: none of it was timed on a GPU.
-_TILE_COST = {2: 2.2e12, 4: 2.7e11}
+# at some 20 us of the host each, while the card could do products at some 400 TFLOP/s in 16 bits, 50 in float32,
+# and 25 in float64. By count: none of it was timed on a GPU.
+_TILE_COST = {2: 2.2e12, 4: 2.7e11, 8: 1.4e11}
 
 
 @dataclass(frozen=True)
@@ -203,7 +208,7 @@ def plan_memory(
             plan = MemoryPlan(_tile_pairs(n, d, item, budget // share, device), *choice)
             terms = _terms(n, d, num_layers, samples_per_class, item, plan)
             tiles = -(-pairs // plan.pairs_per_tile) if device == "cuda" else 0
-            cost = again * num_layers * pairs * d * d + tiles * _TILE_COST.get(item.operand, 0.0)
+            cost = again * num_layers * pairs * d * d + tiles * _TILE_COST[item.operand]
             found.append((sum(terms.values()), cost, terms, plan))
     # The first of equals is the one that keeps more, with the larger tile.
     fitting = [one for one in found if one[0] <= budget]
@@ -212,9 +217,12 @@ def plan_memory(
         return MemoryEstimate(peak, terms, plan, budget)
     peak, _, terms, _ = min(found, key=lambda one: one[0])
     listing = ", ".join(f"{name} {format_bytes(size)}" for name, size in terms.items())
+    # With more budget a tile takes more too, unless it is the smallest one.
+    smallest, fixed = _TILE_SHARES.get(device, _TILE_SHARES["cpu"])[-1], peak - terms["tile workspace"]
+    enough = max(peak, -(-fixed * smallest // (smallest - 1)))
     raise MemoryError(
         f"gcng: N = {n}, D = {d}, L = {num_layers} needs {format_bytes(peak)} ({listing}) but memory_budget is "
-        f"{format_bytes(budget)}; raise memory_budget to at least {format_bytes(peak)}, or use fewer samples or "
+        f"{format_bytes(budget)}; raise memory_budget to at least {_rounded_up(enough)}, or use fewer samples or "
         f"channels"
     )
 

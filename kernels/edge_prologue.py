@@ -251,7 +251,8 @@ def edge_prologue_backward(
     """From the gradient of x, ``grad`` (R S, D), to that of the edges, in place; without ``need_input`` it is scratch.
 
     mix: gate, weight_row and weight_column of :func:`edge_prologue`. sums: gains the gradients of value, key_query,
-    key_bias, ln_weight and ln_bias. The rest as there. Memory: 4 D + 1 numbers for each run of 8 blocks.
+    key_bias, ln_weight and ln_bias. The rest as there. Memory: 4 D + 1 numbers for each run of 8 blocks,
+    and 2 D + 1 for each column and chunk of rows.
     """
     r0, r1, c0, c1 = tile
     rows, columns, width, dtype = r1 - r0, c1 - c0, grad.shape[-1], layer.value.dtype
@@ -270,7 +271,7 @@ def edge_prologue_backward(
     add_parts(parts[:2], [sums.value[r0:r1], sums.key_query[r0:r1]])
     add_parts(parts[2:].view(2, 1, rows * runs, width), [sums.ln_weight, sums.ln_bias])
     add_parts(bias_parts, [sums.key_bias[r0:r1]])
-    # After the sums of the rows: where the tile lies on the diagonal, its rows are among its columns.
+    # Behind the sums of the rows, which read dw: it becomes de in place.
     column_runs, channel_runs = blocks(columns, by_column.block_j), blocks(width, by_column.block_d)
     chunk, chunks = row_chunks(rows, column_runs * channel_runs)
     column_parts = sums.value.new_empty((2, columns, chunks, width))

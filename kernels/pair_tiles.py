@@ -1,7 +1,7 @@
 """What all passes over tiles of pairs share: the pairs of a program, packed positions, and sums over programs.
 
 A tile is a rectangle (r0, r1, c0, c1) of pairs, R = r1 - r0 rows by S = c1 - c0 columns (gcng/ops/tiles.py); its pair
-(i, j) is row i S + j of a tensor (R S, D). A program owns a run of columns of one row, or a run of columns in all rows:
+(i, j) is row i S + j of a tensor (R S, D). A program owns a run of columns, of one row or of a chunk of rows:
 neither needs a division for each pair. What is summed over more pairs than a program has is written as one part for
 each program, and :func:`add_parts` adds the parts up in their order: no atomics, every run has the same bits.
 """

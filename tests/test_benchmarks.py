@@ -356,11 +356,32 @@ def test_a_process_whose_gpu_is_lost_ends_so_that_the_next_one_goes_on(tmp_path,
     monkeypatch.setattr(torch.cuda, "synchronize", fail)
     assert machine.gpu_error() == "an illegal memory access was encountered"
     monkeypatch.setattr("os._exit", leave)
-    session = Preparation(Results.open(tmp_path / "r.json"), "cpu", 2, float("inf"), 5e12)
+    path = tmp_path / "r.json"
+    session = Preparation(Results.open(path), "cpu", 2, float("inf"), 5e12)
     monkeypatch.setattr(session, "_start", lambda entry: fail())
+    case = plan.cases_of([Entry("iteration", SMALL, ("gcng",))])[0]
     with pytest.raises(Ended, match="70"):
-        session.ready(plan.cases_of([Entry("iteration", SMALL, ("gcng",))])[0])
+        session.ready(case)
     assert "the GPU is lost: an illegal memory access was encountered" in capsys.readouterr().err
+    # In a timed call: the row is not complete, and says whom to blame.
+    row = session.results.row(ITERATION, SMALL, "float32")
+    row |= {"running": "gcng", "providers": {"gcng": {"status": "measured"}}, "complete": True}
+    session.current = SimpleNamespace(entry=case.entry, row=row, ready={"gcng": SimpleNamespace(run=fail)}, ends=1e20)
+    monkeypatch.setattr(session, "_yardstick", lambda: None)
+    benchmark = SimpleNamespace(extra_info={}, pedantic=lambda call, **options: call())
+    with pytest.raises(Ended, match="70"):
+        preparation.check_and_time(benchmark, session, case)
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["running"] == "gcng" and not row["complete"]
+    measure.blame(row, 70)
+    assert row["providers"]["gcng"]["status"] == "killed" and "running" not in row
+
+
+def test_a_row_whose_truth_ends_the_process_is_measured_by_nobody():
+    row = {"running": "truth", "providers": {"gcng": {"status": "measured"}, "reference": {}}, "complete": False}
+    measure.blame(row, 70)
+    assert row["complete"] and {one["status"] for one in row["providers"].values()} == {"unavailable"}
+    assert row["providers"]["gcng"]["reason"] == "no truth: the process was killed (exit code 70)"
 
 
 @pytest.mark.parametrize(
@@ -377,7 +398,7 @@ def test_a_large_row_of_a_gpu_is_held_to_what_takes_no_minutes(samples, source, 
 
     session = Preparation(Results.open(tmp_path / "r.json"), "cuda", 2, float("inf"), 1e13)
     entry = Entry("iteration", Setting(1, 512, samples), ("gcng",), "bfloat16")
-    session.current = SimpleNamespace(entry=entry, row={"providers": {}})
+    session.current = SimpleNamespace(entry=entry, row={"providers": {}}, ready=True)
     monkeypatch.setattr(operations.Operation, "prepare", prepare)
     monkeypatch.setattr(memory, "available_bytes", lambda device: 2**40)
     if samples == 2048:

@@ -109,6 +109,13 @@ def test_a_cut_off_log_says_what_was_finished():
     assert found["details"].startswith("1 failed, 14 passed, then ran out of the time")
 
 
+def test_a_lost_gpu_is_named_before_what_was_counted():
+    log = "!!! Exit: tests/test_gpu_ops.py::test_x: the GPU is lost: illegal access !!!\n3 passed in 5.1s"
+    found = verdicts.judged("tests-test_gpu_ops", 1, log)
+    assert found["status"] == "failed" and "test_x: the GPU is lost" in found["details"]
+    assert found["details"].endswith("3 passed in 5.1s")
+
+
 def test_the_entries_of_a_part_become_one(tmp_path):
     results = Results.open(tmp_path / "results.json")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import compiled_iteration, overhead
+from benchmarks import compiled_iteration, machine, overhead
 from benchmarks.iteration import make_batch, make_provider, run_iteration
 from benchmarks.results import Results
 from benchmarks.settings import Setting
@@ -97,7 +97,7 @@ def test_all_ops_are_called_as_they_are_before_any_is_captured_or_compiled(tmp_p
     monkeypatch.setattr(overhead, "measure_iteration", lambda device, limit: asked.append("iteration") or [])
     monkeypatch.setattr(overhead, "compiled_row", lambda device, late: {"operation": "iteration", "late": late})
     path = tmp_path / "r.json"
-    assert overhead.main(["--results", str(path), "--deadline", "0"]) == 0
+    assert overhead.main(["--results", str(path)]) == 0
     plain, iteration, graphs, compiled = asked
     assert iteration == "iteration" and {way.partition(",")[0] for way in graphs} == {"CUDA graph"}
     assert {way.partition(",")[0] for way in compiled} == {"torch.compile"}
@@ -105,6 +105,27 @@ def test_all_ops_are_called_as_they_are_before_any_is_captured_or_compiled(tmp_p
     assert sorted(plain + graphs + compiled) == sorted(everything)
     results = Results.open(path)
     assert len(results.data["overhead"]) == len(everything) + 1 and results.is_finished("overhead")
+
+
+def test_a_run_without_time_is_not_finished_and_the_next_one_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "_source", lambda: {"commit": "c" * 40, "modified": False})
+    timed = []
+    monkeypatch.setattr(overhead, "seconds_of", lambda call, *_: timed.append(1) or {"median": 1.0, "count": 1})
+    monkeypatch.setattr(overhead, "measure_iteration", lambda device, limit: [])
+    whole = {"operation": "iteration", "way": "torch.compile"}
+    monkeypatch.setattr(overhead, "compiled_row", lambda device, late: whole)
+    monkeypatch.setattr(overhead, "cases", lambda setting, device: {"knn": CASES["knn"]})
+    monkeypatch.setattr(overhead, "compiled", lambda call: call)
+    path = tmp_path / "r.json"
+    assert overhead.main(["--results", str(path), "--deadline", "0"]) == 0
+    ways = [row["way"] for row in Results.open(path).data["overhead"] if row["operation"] == "knn"]
+    assert not timed and not Results.open(path).is_finished("overhead")
+    assert overhead.main(["--results", str(path)]) == 0
+    rows = Results.open(path).data["overhead"]
+    assert len(timed) == len(ways) and Results.open(path).is_finished("overhead")
+    assert all("reason" not in row for row in rows) and [row["way"] for row in rows[1:]] == ways
+    assert overhead.main(["--results", str(path)]) == 0
+    assert len(timed) == len(ways) and Results.open(path).data["overhead"][0]["way"] == "torch.compile"
 
 
 def test_long_calls_are_timed_less_often(monkeypatch):

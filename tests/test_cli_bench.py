@@ -67,6 +67,7 @@ def test_what_this_commit_gave_is_kept_and_counted(file, capsys):
         ({**HERE, "modified": True}, HERE),
         (HERE, {**HERE, "modified": True}),
         ({"commit": "unknown", "modified": False}, {"commit": "unknown", "modified": False}),
+        ({**HERE, "modified": None}, {**HERE, "modified": None}),  # a copy without its repository
     ],
 )
 def test_what_another_source_gave_is_measured_again(file, capsys, monkeypatch, then, now):

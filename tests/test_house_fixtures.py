@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+
+from benchmarks import machine
+from tests import conftest
 
 
 def test_uninitialized_memory_is_nan():
@@ -27,6 +32,39 @@ def test_a_row_that_nobody_writes_is_caught():
     doubled[:-1] = x[:-1] * 2
     with pytest.raises(AssertionError, match="not close"):
         torch.testing.assert_close(doubled, x * 2)
+
+
+def reported(*, failed=True, marked=True):
+    """What becomes of the report of a test, through the hook that watches the GPU."""
+    item = SimpleNamespace(nodeid="test_it", get_closest_marker=lambda name: marked or None)
+    report = SimpleNamespace(failed=failed, longreprtext="what failed")
+    hook = conftest.pytest_runtest_makereport(item, None)
+    next(hook)
+    with pytest.raises(StopIteration) as stopped:
+        hook.send(report)
+    return stopped.value.value is report
+
+
+def test_a_test_that_loses_the_gpu_ends_the_process_under_its_own_name(monkeypatch, capsys):
+    class Left(BaseException):
+        pass
+
+    def leave(code):
+        raise Left(code)
+
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    monkeypatch.setattr(machine, "gpu_error", lambda: "")
+    assert reported()
+    monkeypatch.setattr(machine, "gpu_error", lambda: "an illegal memory access")
+    assert reported(failed=False) and reported(marked=False)
+    with pytest.raises(pytest.exit.Exception, match="test_it: the GPU is lost: an illegal memory access\nwhat failed"):
+        reported()
+    # A worker of pytest-xdist has to crash, so that the others go on and it is replaced.
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
+    monkeypatch.setattr("os._exit", leave)
+    with pytest.raises(Left, match="1"):
+        reported()
+    assert "test_it: what failed\nthe GPU is lost: an illegal memory access" in capsys.readouterr().err
 
 
 @pytest.mark.raw_memory

@@ -85,12 +85,19 @@ def test_the_ci_sets_up_the_environments_that_its_variables_name(tmp_path):
         return subprocess.run(run, env={**settings, **changed}, capture_output=True, text=True, check=False)
 
     done = ci()
-    assert done.returncode == 7 and log.read_text() == "setup /b/.ready\n", done.stderr
+    assert done.returncode == 7 and log.read_text() == "setup /b/.ready lint extension\n", done.stderr
     done = ci(CXX="no-such-compiler -x")
     assert done.returncode == 1 and "no C++ compiler (no-such-compiler)" in done.stderr
     done = ci(CUDA_HOME=str(tmp_path))
     assert done.returncode == 1 and done.stderr.startswith("ci: no nvcc"), done.stderr
     assert log.read_text().count("\n") == 1
+    # Whichever half of the tests fails, the run does, and shows what all of them said.
+    for half in ("ARGS=--ignore-glob", "ARGS=tests/test_triton"):
+        script = f'case "$*" in setup*) ;; *{half}*) echo "this half fails"; exit 1 ;; *) echo "said by $1" ;; esac'
+        (tmp_path / "make").write_text(f"#!/bin/sh\n{script}\n")
+        done = ci()
+        assert done.returncode == 1 and "this half fails" in done.stdout, done.stdout + done.stderr
+        assert all(f"said by {name}\n" in done.stdout for name in ("test", "test-triton36", "test-sanitizers"))
 
 
 def test_every_package_that_training_asks_for_is_in_its_extra():

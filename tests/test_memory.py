@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -143,6 +144,18 @@ def test_estimate_refuses(arguments: tuple, options: dict, message: str) -> None
 def test_estimate_refuses_what_cannot_fit() -> None:
     with pytest.raises(MemoryError, match=r"N = 16384, D = 512, L = 1 needs .* GiB \(nodes .*raise memory_budget"):
         gcng.estimate_memory(16384, 512, memory_budget="64MiB")
+
+
+@pytest.mark.parametrize("device", ("cpu", "cuda"))
+@pytest.mark.parametrize("sizes", ((16384, 512), (1000, 64), (40, 16)), ids=str)
+def test_the_budget_that_a_refusal_names_is_enough(sizes: tuple[int, int], device: str) -> None:
+    options = {"dtype": "bfloat16", "device": device}
+    for budget in ("64KiB", "1MiB", "4MiB", "20MiB", "64MiB", "1GiB"):
+        try:
+            gcng.estimate_memory(*sizes, memory_budget=budget, **options)
+        except MemoryError as refusal:
+            enough = re.search(r"raise memory_budget to at least (\d+ MiB),", str(refusal))[1]
+            assert gcng.estimate_memory(*sizes, memory_budget=enough, **options).peak_bytes <= parse_bytes(enough)
 
 
 @pytest.mark.parametrize(("n", "limit"), ((4096, 6e9), (16384, 24e9)))

@@ -31,6 +31,8 @@ class Event:
 class Recorded(torch.Tensor):
     """A tensor on the CPU that stands for one on a GPU."""
 
+    is_cuda = True
+
     def record_stream(self, stream):
         self.__dict__.setdefault("streams", []).append(stream)
 
@@ -169,9 +171,7 @@ def test_a_layout_makes_another_stream_wait(gpu, copies):
     first = class_major_beside("test", labels, batch, GPU)
     assert class_major_beside("test", labels, batch, GPU) is first and home.waited_for == []
     gpu.stream = Stream()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.Tensor, "record_stream", lambda x, stream: None)
-        assert class_major_beside("test", labels, batch, GPU) is first
+    assert class_major_beside("test", labels, batch, GPU) is first  # its class starts, on the host, have no streams
     assert [event.stream for event in gpu.stream.waited_for] == [home]
 
 

@@ -61,8 +61,9 @@ def _keep_what_holds(measure: ModuleType, options: argparse.Namespace) -> str:
     wanted = {entry.name for entries in parts.values() for entry in entries}
 
     def holds(stamped: list[dict]) -> bool:
-        known = source["commit"] != "unknown" and not source["modified"]
-        return known and all(one.get("commit") == source["commit"] and not one.get("modified") for one in stamped)
+        known = source["commit"] != "unknown" and source["modified"] is False
+        same = (one.get("commit") == source["commit"] and one.get("modified") is False for one in stamped)
+        return known and all(same)
 
     rows = {row["name"]: row for row in results.data["rows"] if row["complete"] and row["name"] in wanted}
     lists = {name: _stamped(results.data.get(name)) for name in parts if results.is_finished(name)}

@@ -84,7 +84,7 @@ class Shared(Generic[T]):
 
     def __init__(self, made: T, device: torch.device) -> None:
         self._made, self._device, self._stream = made, device, None
-        if device.type == "cuda":
+        if device.type == "cuda" and not torch.compiler.is_compiling():
             self._stream, self._event = torch.cuda.current_stream(device), torch.cuda.Event()
             self._event.record(self._stream)
 
@@ -99,6 +99,6 @@ class Shared(Generic[T]):
         if stream != self._stream:
             stream.wait_event(self._event)
             for x in self._made:
-                if isinstance(x, Tensor):
+                if isinstance(x, Tensor) and x.is_cuda:  # of a layout the class starts stay on the host
                     x.record_stream(stream)
         return self._made
