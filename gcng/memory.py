@@ -202,20 +202,22 @@ def plan_memory(
     n, d = num_samples, embedding_size
     item = ItemSizes.of(dtype, device)
     item = item if operand is None else ItemSizes(item.wide, ITEM_SIZES[operand])
-    pairs, found = n * (n + 1) // 2, []
+    pairs, best, least = n * (n + 1) // 2, None, None  # torch.compile traces this: plain loops and comparisons
     for choice, again in _CHOICES.items():
         for share in _TILE_SHARES.get(device, _TILE_SHARES["cpu"]):
             plan = MemoryPlan(_tile_pairs(n, d, item, budget // share, device), *choice)
             terms = _terms(n, d, num_layers, samples_per_class, item, plan)
             tiles = -(-pairs // plan.pairs_per_tile) if device == "cuda" else 0
             cost = again * num_layers * pairs * d * d + tiles * _TILE_COST[item.operand]
-            found.append((sum(terms.values()), cost, terms, plan))
-    # The first of equals is the one that keeps more, with the larger tile.
-    fitting = [one for one in found if one[0] <= budget]
-    if fitting:
-        peak, _, terms, plan = min(fitting, key=lambda one: one[1])
-        return MemoryEstimate(peak, terms, plan, budget)
-    peak, _, terms, _ = min(found, key=lambda one: one[0])
+            peak = sum(terms.values())
+            # The first of equals is the one that keeps more, with the larger tile.
+            if peak <= budget and (best is None or cost < best[1]):
+                best = MemoryEstimate(peak, terms, plan, budget), cost
+            if least is None or peak < least[0]:
+                least = peak, terms
+    if best is not None:
+        return best[0]
+    peak, terms = least
     listing = ", ".join(f"{name} {format_bytes(size)}" for name, size in terms.items())
     # With more budget a tile takes more too, unless it is the smallest one.
     smallest, fixed = _TILE_SHARES.get(device, _TILE_SHARES["cpu"])[-1], peak - terms["tile workspace"]

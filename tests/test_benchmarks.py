@@ -276,7 +276,10 @@ def test_a_part_that_was_cut_off_is_not_done(tmp_path, monkeypatch):
     measure.Run(options, path).part("accuracy", [])
     assert started == ["benchmarks.accuracy"]
     calls.clear()
-    with pytest.raises(KeyboardInterrupt):  # measured again, as --force does, it is unfinished until its end
+    options.force = True
+    measure.Run(options, path).part("accuracy", [])
+    assert started == ["benchmarks.accuracy"] * 2 and not Results.open(path).data["accuracy"]
+    with pytest.raises(KeyboardInterrupt):  # measured again, it is unfinished until its end
         accuracy.main(command)
     assert not Results.open(path).is_finished("accuracy")
 
