@@ -124,9 +124,9 @@ def _rlimits() -> list[int]:
 # Vectors of 4 D and of D numbers that one pair of a tile takes at most, in the backward of an edge layer.
 _TILE_HIDDEN_ROWS, _TILE_ROWS = 4, 16
 # Bytes of one (pairs, 4 D) tensor at most: on the CPU large against call overhead but not out of cache; on a GPU
-# 262,144 pairs at D = 512 in 16 bits, beyond which fewer launches save little. And the shares of the budget, one over
-# these, that a tile's workspace may take.
-_TILE_BYTES = {"cpu": 16 * MIB, "cuda": 1024 * MIB}
+# 131,072 pairs at D = 512 in 16 bits, whose work should last longer than starting it. And the shares of the budget, one
+# over these, that a tile's workspace may take.
+_TILE_BYTES = {"cpu": 16 * MIB, "cuda": 512 * MIB}
 _TILE_SHARES = {"cpu": (10,), "cuda": (2, 4, 8, 16)}
 # What is kept, in the order of matrix products saved, and the products that its absence costs: units of D^2 for a pair
 # and a layer. Hidden 16, edges 36, the small ones 8.
@@ -203,8 +203,9 @@ def plan_memory(
     item = ItemSizes.of(dtype, device)
     item = item if operand is None else ItemSizes(item.wide, ITEM_SIZES[operand])
     pairs, best, least = n * (n + 1) // 2, None, None  # torch.compile traces this: plain loops and comparisons
+    shares = _TILE_SHARES.get(device, _TILE_SHARES["cpu"])
     for choice, again in _CHOICES.items():
-        for share in _TILE_SHARES.get(device, _TILE_SHARES["cpu"]):
+        for share in shares:
             plan = MemoryPlan(_tile_pairs(n, d, item, budget // share, device), *choice)
             terms = _terms(n, d, num_layers, samples_per_class, item, plan)
             tiles = -(-pairs // plan.pairs_per_tile) if device == "cuda" else 0
@@ -220,8 +221,8 @@ def plan_memory(
     peak, terms = least
     listing = ", ".join(f"{name} {format_bytes(size)}" for name, size in terms.items())
     # With more budget a tile takes more too, unless it is the smallest one.
-    smallest, fixed = _TILE_SHARES.get(device, _TILE_SHARES["cpu"])[-1], peak - terms["tile workspace"]
-    enough = max(peak, -(-fixed * smallest // (smallest - 1)))
+    fixed = peak - terms["tile workspace"]
+    enough = max(peak, -(-fixed * shares[-1] // (shares[-1] - 1)))
     raise MemoryError(
         f"gcng: N = {n}, D = {d}, L = {num_layers} needs {format_bytes(peak)} ({listing}) but memory_budget is "
         f"{format_bytes(budget)}; raise memory_budget to at least {_rounded_up(enough)}, or use fewer samples or "

@@ -13,7 +13,7 @@ from gcng.ops import dispatch
 from gcng.ops.edges import edges
 from gcng.ops.gates import edge_moments
 from gcng.ops.messages import messages
-from gcng.ops.pair_field import PairField, with_smaller_tiles
+from gcng.ops.pair_field import PairField, most_rows, with_smaller_tiles
 from gcng.ops.synthesis_tiles import sums_between
 from gcng.ops.tiles import plan_tiles
 from tests.closeness import assert_close_to_truth
@@ -213,6 +213,16 @@ def test_large_tile_plans_are_cheap_and_bounded() -> None:
     assert max(t.shape[0] * t.shape[1] for t in tiles) <= 2048 + 11 * 11, "the square of the rows comes on top at most"
     pairs = sum(t.shape[0] * t.shape[1] for t in tiles)
     assert pairs <= 1.05 * 4096 * 4097 / 2, "the squares on the diagonal cost little"
+
+
+@pytest.mark.parametrize(("n", "most", "extra"), [(80, 1, 2.0), (256, 1, 2.0), (1024, 5, 1.25), (4096, 70, 1.03)])
+def test_a_gpu_gets_few_tiles_whose_squares_cost_little_where_there_are_many(n: int, most: int, extra: float) -> None:
+    rows = most_rows(n, 512, torch.device("cuda"))
+    assert most_rows(n, 512, torch.device("cpu")) == 10
+    tiles = plan_tiles(n, min(n * n, 131_072), range(0, n + 1, 2), rows)
+    assert len(tiles) <= most
+    assert max(t.shape[0] * t.shape[1] for t in tiles) <= 131_072
+    assert sum(t.shape[0] * t.shape[1] for t in tiles) <= extra * n * (n + 1) / 2
 
 
 def test_a_retry_with_a_smaller_tile_finds_the_memory_of_the_first_try_free() -> None:

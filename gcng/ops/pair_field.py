@@ -38,8 +38,13 @@ T = TypeVar("T")
 CHAIN_WIDTH = len(EdgeLayer._fields)
 # A tile of R rows evaluates R (R - 1) / 2 pairs twice and costs a fixed number of calls, so the best R is the root of
 # twice what those calls cost over what a pair costs. Measured on the CPU: 10 rows at D = 512 and about 20 at D = 128,
-# R² D constant. The number for a GPU follows from predicted times and was never measured.
-_SQUARED_ROWS_BY_WIDTH = {"cpu": 51_200, "cuda": 2**21}
+# R² D constant. On a GPU the calls of a tile cost so much more (gcng/memory.py) that its pairs alone bound it.
+_SQUARED_ROWS_BY_WIDTH = 51_200
+
+
+def most_rows(n: int, width: int, device: torch.device) -> int:
+    """Rows of a tile at most, beyond which its square costs more than the calls of another tile."""
+    return max(n, 1) if device.type == "cuda" else max(math.isqrt(_SQUARED_ROWS_BY_WIDTH // width), 2)
 
 
 class Dropout(NamedTuple):
@@ -113,8 +118,7 @@ class PairField:
 
     def tiles(self, pairs: int, boundaries: Sequence[int] | None = None) -> list[Tile]:
         """Tiles of at most about ``pairs`` pairs over all of the batch; see :func:`gcng.ops.tiles.plan_tiles`."""
-        scale = _SQUARED_ROWS_BY_WIDTH.get(self.base.device.type, _SQUARED_ROWS_BY_WIDTH["cpu"])
-        return plan_tiles(self.n, pairs, boundaries, max(math.isqrt(scale // self.width), 2))
+        return plan_tiles(self.n, pairs, boundaries, most_rows(self.n, self.width, self.base.device))
 
     def take(self, name: str, tile: Tile, width: int | None = None) -> Tensor:
         """Scratch for operands of a tile's pairs, (R S, D) or (R S, ``width``)."""
