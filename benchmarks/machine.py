@@ -83,6 +83,13 @@ def revision() -> dict:
     return {**_source(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
+def is_of_this_source(stamped: dict) -> bool:
+    """Whether what has this stamp is of this source; False where nobody knows, with changes or without a commit."""
+    here = revision()
+    known = here["commit"] != "unknown" and here["modified"] is False and stamped.get("modified") is False
+    return known and stamped.get("commit") == here["commit"]
+
+
 def gpu_error() -> str:
     """What a GPU says after an error, in one line: nothing where it can go on, the cause where this process cannot."""
     import torch

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 from benchmarks import machine
 from benchmarks.operations import Operation
 from benchmarks.settings import Setting
+from benchmarks.verdicts import write
 
 FORMAT = 2
 FOLDER = Path(__file__).parent / "results"
@@ -52,11 +52,8 @@ class Results:
         return cls(path, data)
 
     def save(self) -> None:
-        """Write beside the file, then rename: a crash leaves the old file or the new one."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f"{self.path.name}.tmp.{os.getpid()}")
-        partial.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, self.path)
+        """Write the file whole, in one step."""
+        write(self.path, self.data)
 
     def find(self, operation: str, setting: Setting, precision: str) -> dict | None:
         """The row of an operation at a setting, or None."""
@@ -90,12 +87,8 @@ class Results:
         self.save()
 
     def of_this_source(self, name: str) -> list[dict]:
-        """The entries of a list that this source has measured; none where nobody knows whether it is the same."""
-        source = machine.revision()
-        if source["commit"] == "unknown" or source["modified"] is not False:
-            return []
-        same = [one for one in self.data[name] if one.get("commit") == source["commit"]]
-        return [one for one in same if one.get("modified") is False]
+        """The entries of a list that this source has measured."""
+        return [one for one in self.data[name] if machine.is_of_this_source(one)]
 
     def replace(self, name: str, entries: Iterable[dict]) -> None:
         """Set one of the lists, every entry stamped with commit and time."""

@@ -66,6 +66,14 @@ def store(data: dict, part: str, entry: dict) -> None:
     data["checks"] = [*others, {"part": part, **entry, **machine.revision()}]
 
 
+def write(path: Path, data: dict) -> None:
+    """Write beside the file, then rename: a crash leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
 def read(path: Path, device: str) -> dict:
     """The results file; a new one for this machine where there is none, which takes torch."""
     if not path.exists():
@@ -93,9 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         entry = judged(options.part, options.code, options.log.read_text(encoding="utf-8", errors="replace"))
     store(data, options.part, entry)
-    partial = options.results.with_name(f"{options.results.name}.tmp.{os.getpid()}")
-    partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, options.results)
+    write(options.results, data)
     print(f"{options.part}: {entry['status']}: {entry['details']}")
     return 1 if entry["status"] == "failed" else 0
 

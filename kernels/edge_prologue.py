@@ -180,8 +180,7 @@ def edge_prologue_columns_kernel(
     KIND: tl.constexpr, NEED_INPUT: tl.constexpr, TYPE: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Parts of what the column's node receives, sum_r m_c (1 - g) dw and -sum_r kappa e, and
-    de = dw + kappa (kq_r - kq_c).
+    """de = dw + kappa (kq_r - kq_c), and parts of what a column's node receives, sum_r m_c (1 - g) dw, -sum_r kappa e.
 
     A program owns BLOCK_J columns and BLOCK_D channels and walks down a chunk of rows. Bytes for each pair: reads dw, e
     and two numbers, writes de.

@@ -56,14 +56,13 @@ def _keep_what_holds(measure: ModuleType, options: argparse.Namespace) -> str:
 
     Nobody knows whether two sources with changes beside the commit, or without a commit, are the same.
     """
-    results, source = _module("results").Results.open(options.json, options.device), _module("machine").revision()
+    results = _module("results").Results.open(options.json, options.device)
+    of_this_source = _module("machine").is_of_this_source
     parts = measure.chosen(measure.parts_of(options), options.parts)
     wanted = {entry.name for entries in parts.values() for entry in entries}
 
     def holds(stamped: list[dict]) -> bool:
-        known = source["commit"] != "unknown" and source["modified"] is False
-        same = (one.get("commit") == source["commit"] and one.get("modified") is False for one in stamped)
-        return known and all(same)
+        return bool(stamped) and all(map(of_this_source, stamped))
 
     rows = {row["name"]: row for row in results.data["rows"] if row["complete"] and row["name"] in wanted}
     lists = {name: _stamped(results.data.get(name)) for name in parts if results.is_finished(name)}
